@@ -1,0 +1,129 @@
+"""The VMM's one event loop: descriptors, timers and calls from other threads.
+
+It owns an epoll instance and a wake-up eventfd and runs in the thread that calls
+`run`.  It does not know what the descriptors carry.  Method names are asyncio's, whose
+import would cost more than booting a guest does.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+from collections import deque
+from heapq import heappop, heappush
+from time import monotonic
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    Callback = Callable[[], None]
+
+
+class Timer:
+    """A pending `call_later`; `cancel` makes it do nothing."""
+
+    __slots__ = ("callback", "when")
+
+    def __init__(self, when: float, callback: Callback) -> None:
+        self.when = when
+        self.callback: Callback | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+    def __lt__(self, other: Timer) -> bool:
+        return self.when < other.when
+
+
+class EventLoop:
+    """Level-triggered readers, one-shot timers, thread-safe calls, one `run`."""
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._readers: dict[int, Callback] = {self._wake: self._run_posted}
+        self._posted: deque[Callback] = deque()
+        self._timers: list[Timer] = []
+        self._stopped = False
+
+    def add_reader(self, fd: int, callback: Callback) -> None:
+        """Call `callback` whenever `fd` is readable or hung up, until `remove_reader`."""
+        known = fd in self._readers
+        self._readers[fd] = callback
+        if not known:
+            self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+
+    def remove_reader(self, fd: int) -> None:
+        """Forget `fd`; harmless when it is unknown.  Call it before the fd is closed."""
+        if self._readers.pop(fd, None) is not None:
+            try:
+                self._epoll.unregister(fd)
+            except OSError as error:
+                if error.errno not in (errno.EBADF, errno.ENOENT):
+                    raise
+
+    def call_later(self, seconds: float, callback: Callback) -> Timer:
+        """Call `callback` once, `seconds` from now."""
+        timer = Timer(monotonic() + seconds, callback)
+        heappush(self._timers, timer)
+        return timer
+
+    def call_soon_threadsafe(self, callback: Callback) -> None:
+        """Call `callback` in the loop's thread; may be called from any thread."""
+        self._posted.append(callback)
+        os.eventfd_write(self._wake, 1)
+
+    def stop(self) -> None:
+        """Make `run` return; may be called from any thread and from signal handlers."""
+        self._stopped = True
+        os.eventfd_write(self._wake, 1)
+
+    def run(self) -> None:
+        """Dispatch until `stop`.  An exception in a callback ends the loop and is raised."""
+        while not self._stopped:
+            for fd, _ in self._epoll.poll(self._timeout()):
+                callback = self._readers.get(fd)
+                if callback is not None:
+                    callback()
+                if self._stopped:
+                    break
+            self._run_timers()
+
+    def close(self) -> None:
+        """Close the loop's own descriptors; readers' descriptors belong to others."""
+        self._readers.clear()
+        self._timers.clear()
+        self._epoll.close()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _timeout(self) -> float | None:
+        while self._timers and self._timers[0].callback is None:
+            heappop(self._timers)
+        return max(0.0, self._timers[0].when - monotonic()) if self._timers else None
+
+    def _run_timers(self) -> None:
+        now = monotonic()
+        while self._timers and self._timers[0].when <= now and not self._stopped:
+            callback = heappop(self._timers).callback
+            if callback is not None:
+                callback()
+
+    def _run_posted(self) -> None:
+        os.eventfd_read(self._wake)
+        while self._posted:
+            self._posted.popleft()()
