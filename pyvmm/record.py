@@ -31,7 +31,7 @@ class Record:
         fields = self._fields
         if len(args) > len(fields):
             raise TypeError(f"{type(self).__name__} takes {len(fields)} values, got {len(args)}")
-        values = dict(zip(fields, args))  # noqa: B905 - shorter on purpose
+        values = dict(zip(fields, args))
         for name, value in kwargs.items():
             if name not in fields or name in values:
                 raise TypeError(f"{type(self).__name__} has no free field {name!r}")

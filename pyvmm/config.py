@@ -1,0 +1,252 @@
+"""What a virtual machine is to be: plain values, read from option texts by key tables.
+
+It owns the keys of every `--option key=value,...`, their defaults and the checks that
+need nothing but the value itself.  It opens no file, starts nothing and does not know
+which device kinds exist; names of kinds stay text until the machine is built.
+"""
+
+from __future__ import annotations
+
+from . import options
+from .errors import ConfigError
+from .layout import GIB, MIB, PAGE_SIZE
+from .options import Key
+from .record import Record
+
+MAX_CPUS = 32
+MIN_MEMORY = 16 * MIB
+MAX_MEMORY = 512 * GIB
+
+
+class CpusConfig(Record):
+    """`boot` virtual CPUs, all started by the guest at boot."""
+
+    boot: int = 1
+
+
+class MemoryConfig(Record):
+    """Guest RAM of `size` bytes; always shared, since backends map it."""
+
+    size: int = 512 * MIB
+    hugepages: bool = False
+    prefault: bool = False
+
+
+class PayloadConfig(Record):
+    """The kernel, its command line and initramfs; `protocol` is auto, pvh, linux64 or bzimage."""
+
+    kernel: str
+    cmdline: str = ""
+    initramfs: str = ""
+    protocol: str = "auto"
+
+
+class StreamConfig(Record):
+    """Where a console's bytes go: off, null, tty, pty, file (path) or socket (path)."""
+
+    mode: str = "null"
+    path: str = ""
+
+
+class GenericDevice(Record):
+    """Any vhost-user backend that listens at `socket` (or is connected at descriptor `fd`)."""
+
+    device_type: str
+    socket: str = ""
+    queue_sizes: tuple[int, ...] = ()
+    fd: int = -1
+    config: str = ""
+    id: str = ""
+    force: bool = False
+
+
+class DiskDevice(Record):
+    """An image that pyvmm serves with qemu-storage-daemon."""
+
+    path: str
+    readonly: bool = False
+    direct: bool = False
+    num_queues: int = 1
+    queue_size: int = 128
+    image_type: str = ""
+    id: str = ""
+
+
+class FsDevice(Record):
+    """A directory that pyvmm serves with virtiofsd, or a running virtiofsd's `socket`."""
+
+    tag: str
+    dir: str = ""
+    socket: str = ""
+    num_queues: int = 1
+    queue_size: int = 1024
+    readonly: bool = False
+    cache: str = ""
+    id: str = ""
+
+
+class RngDevice(Record):
+    """Random bytes from the file `src`."""
+
+    src: str = "/dev/urandom"
+    id: str = ""
+
+
+class ConsolePort(Record):
+    """One further port of the console device, `name`d, carried by a connected stream socket."""
+
+    name: str
+    fd: int
+
+
+class ConsoleDevice(Record):
+    """virtio-console: hvc0 goes to `stream`; `ports` follow it."""
+
+    stream: StreamConfig
+    ports: tuple[ConsolePort, ...] = ()
+    id: str = ""
+
+
+class VmConfig(Record):
+    """A whole machine.  `deadline` bounds every vhost-user request, in seconds."""
+
+    payload: PayloadConfig
+    cpus: CpusConfig = CpusConfig()
+    memory: MemoryConfig = MemoryConfig()
+    serial: StreamConfig = StreamConfig("null")
+    devices: tuple[Record, ...] = ()
+    deadline: float = 10.0
+    connect_timeout: float = 10.0
+
+
+def _plain_path(text: str) -> str:
+    return options.string(text)
+
+
+
+
+CPUS_KEYS = (
+    Key("boot", options.integer, 1),
+    Key("max", options.integer),
+)
+MEMORY_KEYS = (
+    Key("size", options.size, 512 * MIB),
+    Key("shared", options.toggle, True),
+    Key("hugepages", options.toggle, False),
+    Key("prefault", options.toggle, False),
+)
+GENERIC_KEYS = (
+    Key("device_type", options.string, required=True),
+    Key("virtio_id", options.string, alias_of="device_type"),
+    Key("socket", _plain_path, ""),
+    Key("fd", options.integer, -1),
+    Key("queue_sizes", options.integers, ()),
+    Key("config", options.string, ""),
+    Key("force", options.toggle, False),
+    Key("id", options.string, ""),
+)
+DISK_KEYS = (
+    Key("path", _plain_path, required=True),
+    Key("readonly", options.toggle, False),
+    Key("direct", options.toggle, False),
+    Key("num_queues", options.integer, 1),
+    Key("queue_size", options.integer, 128),
+    Key("image_type", options.string, ""),
+    Key("id", options.string, ""),
+)
+FS_KEYS = (
+    Key("tag", options.string, required=True),
+    Key("dir", _plain_path, ""),
+    Key("socket", _plain_path, ""),
+    Key("num_queues", options.integer, 1),
+    Key("queue_size", options.integer, 1024),
+    Key("readonly", options.toggle, False),
+    Key("cache", options.string, ""),
+    Key("id", options.string, ""),
+)
+RNG_KEYS = (
+    Key("src", _plain_path, "/dev/urandom"),
+    Key("id", options.string, ""),
+)
+_STREAM_MODES = ("off", "null", "tty", "pty")
+_STREAM_PATHS = ("file", "socket")
+
+
+def cpus(text: str) -> CpusConfig:
+    """`boot=N[,max=N]`; both must agree, CPUs are not hot-plugged."""
+    values = options.parse("--cpus", text, CPUS_KEYS)
+    count = values["boot"]
+    if not 1 <= count <= MAX_CPUS:
+        raise ConfigError(f"--cpus: boot={count}: 1 to {MAX_CPUS} virtual CPUs are possible")
+    if values["max"] not in (None, count):
+        raise ConfigError(f"--cpus: max={values['max']}: CPUs are not hot-plugged; make it equal to boot={count}")
+    return CpusConfig(count)
+
+
+def memory(text: str) -> MemoryConfig:
+    """`size=SIZE[,shared=on][,hugepages=][,prefault=]`."""
+    values = options.parse("--memory", text, MEMORY_KEYS)
+    if not values["shared"]:
+        raise ConfigError("--memory: shared=off: vhost-user backends need shared memory; use shared=on")
+    return MemoryConfig(check_memory("--memory", values["size"]), values["hugepages"], values["prefault"])
+
+
+def check_memory(option: str, size: int) -> int:
+    """`size` if a guest can have that much RAM."""
+    if size % PAGE_SIZE:
+        raise ConfigError(f"{option}: {size} bytes is not a multiple of the page size, {PAGE_SIZE}")
+    if not MIN_MEMORY <= size <= MAX_MEMORY:
+        raise ConfigError(f"{option}: {size} bytes: {MIN_MEMORY >> 20}M to {MAX_MEMORY >> 30}G is possible")
+    return size
+
+
+def generic(text: str) -> GenericDevice:
+    """`device_type=NAME|ID,socket=PATH[,queue_sizes=[N,...]][,config=HEX|@FILE]...`."""
+    values = options.parse("--generic-vhost-user", text, GENERIC_KEYS)
+    if bool(values["socket"]) == (values["fd"] >= 0):
+        raise ConfigError("--generic-vhost-user: exactly one of socket= and fd= is needed")
+    for size in values["queue_sizes"]:
+        check_queue_size("--generic-vhost-user", size)
+    return GenericDevice(**values)
+
+
+def check_queue_size(option: str, size: int) -> int:
+    """`size` if the specification allows it for a split virtqueue (virtio 1.2, 2.7)."""
+    if not 1 <= size <= 32768 or size & (size - 1):
+        raise ConfigError(f"{option}: queue size {size}: a power of two from 1 to 32768 is needed")
+    return size
+
+
+def disk(text: str) -> DiskDevice:
+    """`path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,image_type=raw|qcow2]`."""
+    values = options.parse("--disk", text, DISK_KEYS)
+    check_queue_size("--disk", values["queue_size"])
+    if not 1 <= values["num_queues"] <= 256:
+        raise ConfigError(f"--disk: num_queues={values['num_queues']}: 1 to 256 is possible")
+    return DiskDevice(**{**values, "image_type": values["image_type"].lower()})
+
+
+def fs(text: str) -> FsDevice:
+    """`tag=TAG,dir=DIR` or `tag=TAG,socket=PATH`, and queue keys."""
+    values = options.parse("--fs", text, FS_KEYS)
+    if bool(values["dir"]) == bool(values["socket"]):
+        raise ConfigError("--fs: exactly one of dir= (pyvmm starts virtiofsd) and socket= (it runs) is needed")
+    if not 1 <= len(values["tag"].encode()) <= 36:
+        raise ConfigError(f"--fs: tag={values['tag']}: 1 to 36 bytes are needed")
+    check_queue_size("--fs", values["queue_size"])
+    return FsDevice(**values)
+
+
+def rng(text: str) -> RngDevice:
+    """`src=FILE`."""
+    return RngDevice(**options.parse("--rng", text, RNG_KEYS))
+
+
+def stream(option: str, text: str) -> StreamConfig:
+    """`off`, `null`, `tty`, `pty`, `file=PATH` or `socket=PATH`."""
+    mode, equals, path = text.partition("=")
+    if mode in _STREAM_MODES and not equals:
+        return StreamConfig(mode)
+    if mode in _STREAM_PATHS and path:
+        return StreamConfig(mode, options.dequote(path))
+    raise ConfigError(f"{option}: {text!r}: off, null, tty, pty, file=PATH or socket=PATH is needed")

@@ -1,0 +1,75 @@
+"""Option texts become configuration values, or one error that names option and cure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pyvmm import config
+from pyvmm.config import FsDevice, GenericDevice, MemoryConfig, StreamConfig
+from pyvmm.errors import ConfigError
+
+
+def test_cloud_hypervisors_memory_and_cpus() -> None:
+    assert config.memory("size=1G,shared=on") == MemoryConfig(1 << 30)
+    assert config.cpus("boot=1") == config.CpusConfig(1)
+    assert config.cpus("boot=4,max=4").boot == 4
+
+
+def test_a_generic_device_by_either_key() -> None:
+    text = 'socket="/tmp/a""b",virtio_id=26,queue_sizes=[512,512]'
+    assert config.generic(text) == GenericDevice("26", '/tmp/a"b', (512, 512))
+    assert config.generic(text.replace("virtio_id", "device_type")) == config.generic(text)
+
+
+def test_fs_by_directory() -> None:
+    assert config.fs("tag=root,dir=/,cache=always") == FsDevice("root", "/", cache="always")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", StreamConfig("off")),
+        ("tty", StreamConfig("tty")),
+        ("file=/x=y", StreamConfig("file", "/x=y")),
+        ('socket="/a,b"', StreamConfig("socket", "/a,b")),
+    ],
+)
+def test_streams(text: str, value: StreamConfig) -> None:
+    assert config.stream("--serial", text) == value
+
+
+@pytest.mark.parametrize(
+    ("convert", "text", "message"),
+    [
+        (config.cpus, "boot=0", "1 to 32 virtual CPUs"),
+        (config.cpus, "boot=33", "1 to 32 virtual CPUs"),
+        (config.cpus, "boot=1,max=2", "not hot-plugged"),
+        (config.memory, "size=1000001", "multiple of the page size"),
+        (config.memory, "size=8M", "16M to 512G"),
+        (config.memory, "size=1G,shared=off", "shared=on"),
+        (config.memory, "sise=1G", "did you mean 'size'"),
+        (config.generic, "device_type=fs", "exactly one of socket= and fd="),
+        (config.generic, "socket=x", "device_type= is missing"),
+        (config.generic, "socket=x,virtio_id=1,queue_sizes=[100]", "queue size 100: a power of two"),
+        (config.generic, "socket=x,virtio_id=1,queue_sizes=[0]", "queue size 0: a power of two"),
+        (config.generic, "socket=x,virtio_id=1,queue_sizes=[65536]", "power of two"),
+        (config.fs, "tag=x", "exactly one of dir="),
+        (config.fs, f"tag={'x' * 37},dir=/", "1 to 36 bytes"),
+        (config.disk, "readonly=on", "path= is missing"),
+        (config.disk, "path=x,num_queues=0", "1 to 256"),
+    ],
+)
+def test_errors_name_the_cause(convert: Callable[[str], Any], text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        convert(text)
+    assert str(caught.value).startswith("--")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "ttyS0", "file=", "file", "tty=x"])
+def test_bad_streams(text: str) -> None:
+    with pytest.raises(ConfigError, match="--serial: .* is needed"):
+        config.stream("--serial", text)

@@ -1,0 +1,91 @@
+"""The event loop: readers, timers, calls from threads, stop and errors."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from pyvmm.loop import EventLoop
+
+
+def test_a_reader_is_called_while_readable_and_not_after_removal() -> None:
+    ours, theirs = os.pipe()
+    seen: list[bytes] = []
+
+    def read() -> None:
+        seen.append(os.read(ours, 1))
+        if len(seen) == 2:
+            loop.remove_reader(ours)
+            loop.call_later(0.02, loop.stop)
+
+    with EventLoop() as loop:
+        loop.add_reader(ours, read)
+        os.write(theirs, b"abc")
+        loop.run()
+    assert seen == [b"a", b"b"]
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_timers_run_in_order_and_can_be_cancelled() -> None:
+    order: list[str] = []
+    with EventLoop() as loop:
+        loop.call_later(0.03, loop.stop)
+        loop.call_later(0.02, lambda: order.append("second"))
+        loop.call_later(0.01, lambda: order.append("first"))
+        loop.call_later(0.015, lambda: order.append("cancelled")).cancel()
+        loop.run()
+    assert order == ["first", "second"]
+
+
+def test_calls_from_other_threads_run_in_the_loops_thread() -> None:
+    where: list[int] = []
+    with EventLoop() as loop:
+
+        def call() -> None:
+            where.append(threading.get_ident())
+            loop.stop()
+
+        worker = threading.Thread(target=lambda: loop.call_soon_threadsafe(call))
+        worker.start()
+        loop.run()
+        worker.join()
+    assert where == [threading.get_ident()]
+
+
+def test_stop_from_another_thread_ends_an_idle_loop_at_once() -> None:
+    with EventLoop() as loop:
+        threading.Timer(0.05, loop.stop).start()
+        begin = time.monotonic()
+        loop.run()
+        assert time.monotonic() - begin < 5
+
+
+def test_an_exception_ends_the_loop_and_reaches_the_owner() -> None:
+    def fail() -> None:
+        raise ValueError("boom")
+
+    with EventLoop() as loop:
+        loop.call_later(0, fail)
+        with pytest.raises(ValueError, match="boom"):
+            loop.run()
+
+
+def test_close_leaves_no_descriptor() -> None:
+    before = os.listdir("/proc/self/fd")
+    for _ in range(10):
+        EventLoop().close()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_removing_unknown_or_closed_descriptors_is_harmless() -> None:
+    ours, theirs = os.pipe()
+    with EventLoop() as loop:
+        loop.remove_reader(ours)
+        loop.add_reader(ours, lambda: None)
+        os.close(ours)
+        os.close(theirs)
+        loop.remove_reader(ours)
