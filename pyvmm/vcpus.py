@@ -1,0 +1,87 @@
+"""The virtual CPUs' threads: start them, hear of their end, stop every one.
+
+It owns one thread for each virtual CPU and hands the exits that are memory or port
+accesses to the two buses.  It does not know what is on the buses, nor what an exit
+means for the machine: the first CPU that leaves its loop is reported, and the machine
+decides.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    from ._native.vcpu import Vcpu
+    from .bus import Bus
+
+    OnExit = Callable[[int, tuple[int, dict[str, Any]] | BaseException], None]
+
+# Handlers run in the main thread only; a signal that lands on a CPU thread would cost
+# an exit and wake nobody.
+_MAIN_THREAD_SIGNALS = frozenset(
+    {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGWINCH}
+)
+
+
+class Exits:
+    """What the native run loop calls, with plain integers, for each access it cannot finish."""
+
+    __slots__ = ("io_read", "io_write", "mmio_read", "mmio_write")
+
+    def __init__(self, mmio: Bus, pio: Bus) -> None:
+        self.mmio_read = mmio.read
+        self.mmio_write = mmio.write
+        self.io_read = pio.read
+        self.io_write = pio.write
+
+
+class VcpuThreads:
+    """All virtual CPUs of a machine, running between `start` and `stop`.
+
+    `on_exit(index, exit)` is called in the CPU's own thread when its loop ends by itself,
+    with the exit tuple of `Vcpu.run` or with the exception that ended it.
+    """
+
+    def __init__(self, vcpus: Sequence[Vcpu], exits: Exits, on_exit: OnExit) -> None:
+        self._vcpus = vcpus
+        self._exits = exits
+        self._on_exit = on_exit
+        self._stopping = False
+        self._threads: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start every CPU; those that the guest has not woken wait inside KVM."""
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_THREAD_SIGNALS)
+        try:
+            for vcpu in self._vcpus:
+                thread = threading.Thread(target=self._main, args=(vcpu,), name=f"vcpu{vcpu.id}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+
+    def stop(self, timeout: float = 15.0) -> bool:
+        """Kick every CPU out of the guest and join its thread; False if one did not end.
+
+        `timeout` is in seconds and longer than any deadline that a CPU may be waiting for.
+        """
+        self._stopping = True
+        for vcpu in self._vcpus:
+            vcpu.kick()
+        for thread in self._threads:
+            thread.join(timeout)
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _main(self, vcpu: Vcpu) -> None:
+        result: tuple[int, dict[str, Any]] | BaseException
+        try:
+            result = vcpu.run(self._exits)
+        except BaseException as error:
+            result = error
+        if not self._stopping:
+            self._on_exit(vcpu.id, result)

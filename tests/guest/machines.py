@@ -1,0 +1,129 @@
+"""Where guest tests run: on this host when its KVM runs ring 0, else in the emulated machine.
+
+`Machine.run` looks the same on both.  The emulated machine is started once for all tests,
+with a directory that both sides see for results that must survive it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from guest import agent
+
+START_TIMEOUT = 240
+
+
+class Result:
+    """What a command did; `status` is None when it ran out of time."""
+
+    def __init__(self, argv: list[str], answer: dict[str, Any]) -> None:
+        self.argv = argv
+        self.status: int | None = answer["status"]
+        self.stdout = base64.b64decode(answer["stdout"])
+        self.stderr = base64.b64decode(answer["stderr"])
+        self.seconds: float = answer["seconds"]
+
+    def __repr__(self) -> str:
+        return (
+            f"{' '.join(self.argv)}\n-> status {self.status} after {self.seconds:.1f} s\n"
+            f"--- stdout\n{self.stdout.decode(errors='replace')}\n--- stderr\n{self.stderr.decode(errors='replace')}"
+        )
+
+    def ok(self) -> Result:
+        """Itself, if the command succeeded."""
+        assert self.status == 0, repr(self)
+        return self
+
+
+class Machine:
+    """Runs commands next to a KVM that can run Linux; subclasses say where."""
+
+    name = "host"
+
+    def __init__(self, shared: Path) -> None:
+        self.shared = shared
+
+    def run(
+        self,
+        *argv: str | Path,
+        stdin: bytes = b"",
+        timeout: float = 240,
+        signal_after: tuple[float, int] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> Result:
+        """Run `argv` to its end and return what it did."""
+        words = [str(word) for word in argv]
+        request = {
+            "argv": words,
+            "input": base64.b64encode(stdin).decode(),
+            "timeout": timeout,
+            "signal_after": signal_after,
+            "env": env or {},
+        }
+        return Result(words, self._execute(request))
+
+    def pyvmm(self, *argv: str | Path, **options: Any) -> Result:
+        """Run pyvmm with this interpreter's installation."""
+        return self.run(sys.executable, "-P", "-m", "pyvmm", *argv, **options)
+
+    def _execute(self, request: dict[str, Any]) -> dict[str, Any]:
+        return agent.execute(request)
+
+    def close(self) -> None:
+        """Nothing to end on the host itself."""
+
+
+class LabMachine(Machine):
+    """The emulated machine of `pyvmm lab`, with the agent in it."""
+
+    name = "lab"
+
+    def __init__(self, shared: Path) -> None:
+        super().__init__(shared)
+        self._log = (shared / "lab.log").open("wb")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pyvmm", "lab", "--share", str(shared), "--"]
+            + [sys.executable, "-P", agent.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        self._read_line(START_TIMEOUT)
+
+    def _read_line(self, timeout: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], timeout)[0]:
+            raise TimeoutError(f"the emulated machine did not answer in {timeout} s: {self._tail()}")
+        line = self._process.stdout.readline()
+        if not line:
+            raise EOFError(f"the emulated machine ended: {self._tail()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _tail(self) -> str:
+        self._log.flush()
+        return (self.shared / "lab.log").read_text(errors="replace")[-3000:]
+
+    def _execute(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._read_line(request["timeout"] + 60)
+
+    def close(self) -> None:
+        """Let the agent read end of file, which ends the machine."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait(30)
+        self._process.stdout.close()
+        self._log.close()
