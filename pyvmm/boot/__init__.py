@@ -1,0 +1,1 @@
+"""Kernel images, boot protocols, and the state a virtual CPU starts with."""
