@@ -1,0 +1,576 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+"""Split virtqueues in shared memory, seen from the device (virtio 1.3, section 2.7).
+
+It owns the loads and stores on the rings, their ordering, and the proof that everything
+a driver wrote there lies inside the memory that the frontend gave us.  It knows nothing
+of sockets, eventfds or what the buffers mean: `pyvmm.backend` does.
+
+A driver is hostile until shown otherwise.  Each value in a ring is loaded once, checked,
+and used from the local copy; a ring that breaks the rules raises `RingError`.
+"""
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memmove
+
+cimport cython
+
+from pyvmm.errors import RemoteProtocolError
+
+cdef extern from *:
+    """
+    #include <endian.h>
+    #include <stdint.h>
+
+    /* Rings are little-endian; every access is one aligned load or store. */
+    static inline uint16_t ring_load16(const char *p)
+    { return le16toh(__atomic_load_n((const uint16_t *)p, __ATOMIC_RELAXED)); }
+    static inline uint16_t ring_load16_acquire(const char *p)
+    { return le16toh(__atomic_load_n((const uint16_t *)p, __ATOMIC_ACQUIRE)); }
+    static inline uint32_t ring_load32(const char *p)
+    { return le32toh(__atomic_load_n((const uint32_t *)p, __ATOMIC_RELAXED)); }
+    static inline uint64_t ring_load64(const char *p)
+    { return le64toh(__atomic_load_n((const uint64_t *)p, __ATOMIC_RELAXED)); }
+    static inline void ring_store16(char *p, uint16_t v)
+    { __atomic_store_n((uint16_t *)p, htole16(v), __ATOMIC_RELAXED); }
+    static inline void ring_store16_release(char *p, uint16_t v)
+    { __atomic_store_n((uint16_t *)p, htole16(v), __ATOMIC_RELEASE); }
+    static inline void ring_store32(char *p, uint32_t v)
+    { __atomic_store_n((uint32_t *)p, htole32(v), __ATOMIC_RELAXED); }
+    static inline void ring_fence(void)
+    { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+    """
+    uint16_t ring_load16(const char *p) nogil
+    uint16_t ring_load16_acquire(const char *p) nogil
+    uint32_t ring_load32(const char *p) nogil
+    uint64_t ring_load64(const char *p) nogil
+    void ring_store16(char *p, uint16_t v) nogil
+    void ring_store16_release(char *p, uint16_t v) nogil
+    void ring_store32(char *p, uint32_t v) nogil
+    void ring_fence() nogil
+
+# struct virtq_desc flags, virtq_avail flags and virtq_used flags
+cdef enum:
+    DESC_NEXT = 1
+    DESC_WRITE = 2
+    DESC_INDIRECT = 4
+    AVAIL_NO_INTERRUPT = 1
+    USED_NO_NOTIFY = 1
+    DESC_BYTES = 16
+    RING_HEADER = 4         # flags and idx, before both ring arrays
+    USED_BYTES = 8
+    MAX_SIZE = 32768
+    LEAST_CHAIN_LIMIT = 1024    # drivers exceed the queue size with indirect tables; QEMU allows 1024
+    INLINE_SEGMENTS = 8
+
+cdef enum Verdict:
+    FINE = 0
+    BAD_INDEX
+    BAD_ADDRESS
+    BAD_ORDER
+    BAD_INDIRECT
+    TOO_LONG
+    NO_MEMORY
+    BAD_AVAIL
+
+cdef tuple VERDICTS = (
+    "fine",
+    "descriptor index beyond its table",
+    "buffer outside the guest's memory",
+    "device-readable buffer after a device-writable one",
+    "indirect descriptor that is not allowed or malformed",
+    "descriptor chain too long, or a loop",
+    "out of memory",
+    "available index moved by more than the queue size",
+)
+
+
+class RingError(RemoteProtocolError):
+    """The driver broke a rule of the virtqueue; the ring cannot go on."""
+
+
+cdef struct Region:
+    uint64_t guest
+    uint64_t user
+    uint64_t size
+    char *host
+
+
+cdef struct Segment:
+    char *host
+    uint32_t region
+    uint32_t length
+
+
+cdef struct Segments:
+    Segment *items
+    uint32_t count
+    uint32_t room
+    uint32_t readable_count     # the first so many are device-readable
+    uint64_t readable
+    uint64_t writable
+    Segment[INLINE_SEGMENTS] inline_items
+
+
+cdef struct Descriptor:
+    uint64_t address
+    uint32_t length
+    uint16_t flags
+    uint16_t next
+
+
+cdef void segments_start(Segments *self) noexcept nogil:
+    self.items = self.inline_items
+    self.room = INLINE_SEGMENTS
+    self.count = self.readable_count = 0
+    self.readable = self.writable = 0
+
+
+cdef void segments_free(Segments *self) noexcept nogil:
+    if self.items != NULL and self.items != self.inline_items:
+        free(self.items)
+    self.items = NULL
+
+
+cdef bint segments_grow(Segments *self) noexcept nogil:
+    cdef uint32_t room = self.room * 4
+    cdef Segment *items
+    if self.items == self.inline_items:
+        items = <Segment *> malloc(room * sizeof(Segment))
+        if items != NULL:
+            memcpy(items, self.inline_items, self.count * sizeof(Segment))
+    else:
+        items = <Segment *> realloc(self.items, room * sizeof(Segment))
+    if items == NULL:
+        return False
+    self.items = items
+    self.room = room
+    return True
+
+
+@cython.final
+cdef class GuestMemory:
+    """The guest's memory as one immutable set of mapped regions.
+
+    `regions` yields `(guest_address, user_address, buffer)`; the user address is the one
+    that the frontend uses in ring addresses, the buffer is writable and contiguous and its
+    length is the region's.  Buffers stay mapped while this object, or a chain or a view
+    made from it, lives.  Overlapping regions raise ValueError.
+    """
+
+    cdef Region *regions
+    cdef Py_buffer *buffers
+    cdef uint32_t count
+    cdef uint32_t held
+    cdef tuple writable_views
+    cdef tuple readable_views
+
+    def __cinit__(self, regions=()):
+        cdef uint32_t i
+        rows = sorted(((int(g), int(u), b) for g, u, b in regions), key=lambda row: row[0])
+        self.regions = <Region *> calloc(len(rows) + 1, sizeof(Region))
+        self.buffers = <Py_buffer *> calloc(len(rows) + 1, sizeof(Py_buffer))
+        if self.regions == NULL or self.buffers == NULL:
+            raise MemoryError()
+        for i, (guest, user, buffer) in enumerate(rows):
+            PyObject_GetBuffer(buffer, &self.buffers[i], PyBUF_SIMPLE | PyBUF_WRITABLE)
+            self.held = i + 1
+            self._add(i, guest, user)
+        self.count = len(rows)
+        self.writable_views = tuple(memoryview(row[2]).cast("B") for row in rows)
+        self.readable_views = tuple(view.toreadonly() for view in self.writable_views)
+
+    cdef int _add(self, uint32_t i, uint64_t guest, uint64_t user) except -1:
+        cdef Region *region = &self.regions[i]
+        cdef uint64_t size = self.buffers[i].len
+        if guest + size < guest or user + size < user:
+            raise ValueError(f"region at {guest:#x} runs over the end of the address space")
+        if i and guest < self.regions[i - 1].guest + self.regions[i - 1].size:
+            raise ValueError(f"region at {guest:#x} overlaps the one before it")
+        region.guest = guest
+        region.user = user
+        region.size = size
+        region.host = <char *> self.buffers[i].buf
+        return 0
+
+    def __dealloc__(self):
+        cdef uint32_t i
+        for i in range(self.held):
+            PyBuffer_Release(&self.buffers[i])
+        free(self.buffers)
+        free(self.regions)
+
+    def __len__(self):
+        return self.count
+
+    def view(self, uint64_t address, uint64_t length):
+        """A writable memoryview of `length` bytes at a guest address, inside one region."""
+        cdef int64_t i = self.find(address)
+        if i < 0 or length > self.regions[i].size - (address - self.regions[i].guest):
+            raise ValueError(f"guest memory {address:#x}+{length:#x} is not mapped")
+        start = address - self.regions[i].guest
+        return self.writable_views[i][start:start + length]
+
+    cdef int64_t find(self, uint64_t address) noexcept nogil:
+        cdef uint32_t i
+        for i in range(self.count):
+            if address - self.regions[i].guest < self.regions[i].size:
+                return i
+        return -1
+
+    cdef char *span(self, uint64_t address, uint64_t length) noexcept nogil:
+        """Host address of bytes that must lie inside one region; NULL when they do not."""
+        cdef int64_t i = self.find(address)
+        if i < 0 or length > self.regions[i].size - (address - self.regions[i].guest):
+            return NULL
+        return self.regions[i].host + (address - self.regions[i].guest)
+
+    cdef char *user_span(self, uint64_t address, uint64_t length) noexcept nogil:
+        """As `span`, for an address in the frontend's own address space."""
+        cdef uint32_t i
+        cdef Region *region
+        for i in range(self.count):
+            region = &self.regions[i]
+            if address - region.user < region.size and length <= region.size - (address - region.user):
+                return region.host + (address - region.user)
+        return NULL
+
+    cdef Verdict collect(self, Segments *out, uint64_t address, uint32_t length) noexcept nogil:
+        """Append the buffer to `out`, in parts where it spans adjacent regions."""
+        cdef int64_t i
+        cdef uint64_t offset, part
+        while length:
+            i = self.find(address)
+            if i < 0:
+                return BAD_ADDRESS
+            offset = address - self.regions[i].guest
+            part = min(<uint64_t> length, self.regions[i].size - offset)
+            if out.count == out.room and not segments_grow(out):
+                return NO_MEMORY
+            out.items[out.count].host = self.regions[i].host + offset
+            out.items[out.count].region = <uint32_t> i
+            out.items[out.count].length = <uint32_t> part
+            out.count += 1
+            address += part
+            length -= <uint32_t> part
+        return FINE
+
+
+@cython.final
+@cython.freelist(64)
+cdef class Chain:
+    """One descriptor chain: device-readable bytes, then device-writable bytes.
+
+    `readable` and `writable` count the bytes not yet read and not yet written; `read` and
+    `write` move through them like a file, the views give the same bytes without a copy.
+    `push` returns the chain to the driver, once; a chain whose ring has stopped meanwhile
+    is dropped silently.
+    """
+
+    cdef VRing ring
+    cdef GuestMemory memory
+    cdef Segments parts
+    cdef uint64_t read_at
+    cdef uint64_t write_at
+    cdef readonly uint16_t head
+    cdef readonly bint pushed
+
+    def __cinit__(self):
+        segments_start(&self.parts)
+
+    def __dealloc__(self):
+        segments_free(&self.parts)
+
+    @property
+    def readable(self):
+        return self.parts.readable - self.read_at
+
+    @property
+    def writable(self):
+        return self.parts.writable - self.write_at
+
+    @property
+    def written(self):
+        """Bytes written so far: the used length that `push` reports by default."""
+        return self.write_at
+
+    def read(self, int64_t size=-1):
+        """Return the next `size` device-readable bytes (all that are left by default)."""
+        cdef uint64_t left = self.parts.readable - self.read_at
+        cdef uint64_t want = left if size < 0 else min(<uint64_t> size, left)
+        data = PyBytes_FromStringAndSize(NULL, <Py_ssize_t> want)
+        self._copy(0, self.parts.readable_count, self.read_at, PyBytes_AS_STRING(data), want, False)
+        self.read_at += want
+        return data
+
+    def write(self, data):
+        """Copy `data` into the next device-writable bytes; return how many fitted."""
+        cdef Py_buffer source
+        cdef uint64_t count
+        PyObject_GetBuffer(data, &source, PyBUF_SIMPLE)
+        count = min(<uint64_t> source.len, self.parts.writable - self.write_at)
+        self._copy(
+            self.parts.readable_count, self.parts.count, self.write_at, <char *> source.buf, count, True
+        )
+        PyBuffer_Release(&source)
+        self.write_at += count
+        return count
+
+    def readable_views(self):
+        """Read-only memoryviews of the device-readable bytes that are left, in order."""
+        return self._views(self.memory.readable_views, 0, self.parts.readable_count, self.read_at)
+
+    def writable_views(self):
+        """Memoryviews of the device-writable bytes that are left, in order."""
+        return self._views(
+            self.memory.writable_views, self.parts.readable_count, self.parts.count, self.write_at
+        )
+
+    def skip(self, uint64_t count):
+        """Count bytes taken from `readable_views` as read."""
+        if count > self.parts.readable - self.read_at:
+            raise ValueError(f"{count} bytes are more than the chain has left to read")
+        self.read_at += count
+
+    def wrote(self, uint64_t count):
+        """Count bytes put into `writable_views` as written."""
+        if count > self.parts.writable - self.write_at:
+            raise ValueError(f"{count} bytes are more than the chain has left to write")
+        self.write_at += count
+
+    def push(self, length=None):
+        """Give the chain back to the driver; `length` overrides the count of written bytes."""
+        if self.pushed:
+            raise ValueError("the chain was already given back to the driver")
+        self.pushed = True
+        self.ring.complete(self.head, self.write_at if length is None else length)
+
+    cdef void _copy(
+        self, uint32_t first, uint32_t end, uint64_t skip, char *data, uint64_t count, bint to_guest
+    ) noexcept:
+        cdef uint32_t i
+        cdef uint64_t part
+        cdef Segment *segment
+        for i in range(first, end):
+            segment = &self.parts.items[i]
+            if skip >= segment.length:
+                skip -= segment.length
+                continue
+            part = min(segment.length - skip, count)
+            # memmove: a device may copy a chain's own view into the chain
+            if to_guest:
+                memmove(segment.host + skip, data, part)
+            else:
+                memmove(data, segment.host + skip, part)
+            data += part
+            count -= part
+            skip = 0
+            if count == 0:
+                return
+
+    cdef list _views(self, tuple regions, uint32_t first, uint32_t end, uint64_t skip):
+        cdef list views = []
+        cdef uint32_t i
+        cdef uint64_t start, stop
+        cdef Segment *segment
+        for i in range(first, end):
+            segment = &self.parts.items[i]
+            if skip >= segment.length:
+                skip -= segment.length
+                continue
+            start = <uint64_t> (segment.host - self.memory.regions[segment.region].host)
+            stop = start + segment.length
+            views.append(regions[segment.region][start + skip:stop])
+            skip = 0
+        return views
+
+
+@cython.final
+cdef class VRing:
+    """One split virtqueue; `desc`, `avail` and `used` are user addresses of the frontend.
+
+    `base` is the available index to start from.  The used index goes on from what the
+    ring holds.  A ring that is misaligned or not inside one mapped region, or whose size
+    is not a power of two up to 32768, raises ValueError.  Use it from one thread at a time.
+    """
+
+    cdef GuestMemory memory
+    cdef char *desc
+    cdef char *avail
+    cdef char *used
+    cdef uint32_t mask
+    cdef readonly uint32_t size
+    cdef readonly bint event_idx
+    cdef readonly bint indirect
+    cdef readonly bint running
+    cdef readonly uint16_t next_avail
+    cdef readonly uint16_t next_used
+    cdef uint16_t signalled
+
+    def __init__(
+        self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
+        uint16_t base=0, bint event_idx=False, bint indirect=False
+    ):
+        if not 0 < size <= MAX_SIZE or size & (size - 1):
+            raise ValueError(f"queue size {size} is not a power of two up to {MAX_SIZE}")
+        self.size = size
+        self.mask = size - 1
+        self.event_idx = event_idx
+        self.indirect = indirect
+        self._map(memory, desc, avail, used)
+        self.next_avail = base
+        self.next_used = self.signalled = ring_load16(self.used + 2)
+        self.running = True
+
+    def move(self, GuestMemory memory not None, uint64_t desc, uint64_t avail, uint64_t used):
+        """Go on in other memory at the same indices: the frontend changed its regions."""
+        self._map(memory, desc, avail, used)
+
+    cdef int _map(self, GuestMemory memory, uint64_t desc, uint64_t avail, uint64_t used) except -1:
+        # the event words are there even when EVENT_IDX was not negotiated (section 2.7.6)
+        cdef char *places[3]
+        places[0] = self._place(memory, "descriptor table", desc, 16, DESC_BYTES * self.size)
+        places[1] = self._place(memory, "available ring", avail, 2, RING_HEADER + 2 * self.size + 2)
+        places[2] = self._place(memory, "used ring", used, 4, RING_HEADER + USED_BYTES * self.size + 2)
+        self.desc, self.avail, self.used = places[0], places[1], places[2]
+        self.memory = memory
+        return 0
+
+    cdef char *_place(
+        self, GuestMemory memory, name, uint64_t address, uint64_t align, uint64_t length
+    ) except NULL:
+        cdef char *host = memory.user_span(address, length)
+        if address % align or <uint64_t> host % align:
+            raise ValueError(f"{name} at {address:#x} is not aligned to {align}")
+        if host == NULL:
+            raise ValueError(f"{name} at {address:#x}+{length:#x} is outside the guest's memory")
+        return host
+
+    def stop(self):
+        """End the ring: `pop` gives nothing more and chains still held are dropped."""
+        self.running = False
+
+    def pending(self):
+        """How many chains the driver has made available and nobody has popped."""
+        return <uint16_t> (ring_load16_acquire(self.avail + 2) - self.next_avail)
+
+    def pop(self):
+        """Return the next available `Chain`, or None.  Raises RingError on a broken ring."""
+        cdef Chain chain
+        cdef Verdict verdict
+        if not self.running:
+            return None
+        if ring_load16_acquire(self.avail + 2) == self.next_avail:
+            return None
+        chain = Chain.__new__(Chain)
+        verdict = self.take(&chain.parts, &chain.head)
+        if verdict != FINE:
+            self.running = False
+            raise RingError(f"virtqueue: {VERDICTS[<int> verdict]} (head {chain.head})")
+        chain.ring = self
+        chain.memory = self.memory
+        return chain
+
+    def rewind(self, uint16_t count):
+        """Un-pop the last `count` chains; the caller drops them and has pushed none."""
+        self.next_avail = <uint16_t> (self.next_avail - count)
+
+    def disable_kicks(self):
+        """Tell the driver that kicks are not needed for now; a hint."""
+        if not self.event_idx:
+            ring_store16(self.used, USED_NO_NOTIFY)
+
+    def enable_kicks(self):
+        """Ask for a kick at the next buffer; true when one came in the meantime (2.7.7.1)."""
+        if self.event_idx:
+            ring_store16(self.used + RING_HEADER + USED_BYTES * self.size, self.next_avail)
+        else:
+            ring_store16(self.used, 0)
+        ring_fence()
+        return ring_load16_acquire(self.avail + 2) != self.next_avail
+
+    def should_call(self):
+        """Whether the chains pushed since the last question need a used buffer notification."""
+        return self.wants_call()
+
+    cdef Verdict take(self, Segments *out, uint16_t *head) noexcept nogil:
+        """Collect the chain at `next_avail`, which the caller has seen to be available."""
+        cdef Verdict verdict
+        cdef uint16_t available = ring_load16_acquire(self.avail + 2) - self.next_avail
+        if available > self.size:
+            return BAD_AVAIL
+        head[0] = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
+        verdict = self.follow(out, head[0])
+        if verdict == FINE:
+            self.next_avail += 1
+        return verdict
+
+    cdef Verdict follow(self, Segments *out, uint32_t index) noexcept nogil:
+        """Walk one chain through the ring's table and at most one indirect table."""
+        cdef Descriptor item
+        cdef Verdict verdict
+        cdef const char *table = self.desc
+        cdef uint32_t length = self.size, left = max(self.size, <uint32_t> LEAST_CHAIN_LIMIT)
+        while True:
+            if index >= length:
+                return BAD_INDEX
+            load_descriptor(&item, table + DESC_BYTES * <uint64_t> index)
+            if item.flags & DESC_INDIRECT:
+                if not self.indirect or table != self.desc or item.flags & DESC_NEXT:
+                    return BAD_INDIRECT
+                if item.length == 0 or item.length % DESC_BYTES:
+                    return BAD_INDIRECT
+                table = self.memory.span(item.address, item.length)
+                if table == NULL:
+                    return BAD_ADDRESS
+                length = item.length // DESC_BYTES
+                index = 0
+                continue
+            if left == 0:
+                return TOO_LONG
+            left -= 1
+            verdict = self.add(out, &item)
+            if verdict != FINE or not item.flags & DESC_NEXT:
+                return verdict
+            index = item.next
+
+    cdef Verdict add(self, Segments *out, Descriptor *item) noexcept nogil:
+        cdef Verdict verdict = self.memory.collect(out, item.address, item.length)
+        if item.flags & DESC_WRITE:
+            out.writable += item.length
+        elif out.writable:
+            return BAD_ORDER
+        else:
+            out.readable += item.length
+            out.readable_count = out.count
+        return verdict
+
+    cdef void complete(self, uint16_t head, uint64_t length) noexcept nogil:
+        """Put one element on the used ring, visible to the driver at once."""
+        cdef char *slot = self.used + RING_HEADER + USED_BYTES * (self.next_used & self.mask)
+        if not self.running:
+            return
+        ring_store32(slot, head)
+        ring_store32(slot + 4, <uint32_t> length)
+        self.next_used += 1
+        ring_store16_release(self.used + 2, self.next_used)
+
+    cdef bint wants_call(self) noexcept nogil:
+        cdef uint16_t before = self.signalled, event
+        if before == self.next_used or not self.running:
+            return False
+        self.signalled = self.next_used
+        ring_fence()    # the used index must be visible before the driver's wish is read
+        if not self.event_idx:
+            return not ring_load16(self.avail) & AVAIL_NO_INTERRUPT
+        event = ring_load16(self.avail + RING_HEADER + 2 * self.size)
+        return <uint16_t> (self.next_used - event - 1) < <uint16_t> (self.next_used - before)
+
+
+cdef inline void load_descriptor(Descriptor *out, const char *at) noexcept nogil:
+    out.address = ring_load64(at)
+    out.length = ring_load32(at + 8)
+    out.flags = ring_load16(at + 12)
+    out.next = ring_load16(at + 14)
