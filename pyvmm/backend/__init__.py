@@ -1,0 +1,37 @@
+"""Write virtio devices in Python and serve them over vhost-user.
+
+    from pyvmm.backend import Device, serve
+
+    class Rng(Device):
+        device_id = 4
+        queue_sizes = (256,)
+
+        def on_queue(self, queue):
+            for chain in queue:
+                chain.write(os.urandom(chain.writable))
+
+    serve(Rng(), "/run/rng.sock")
+
+The names are loaded at first use: the VMM imports this package on its way to the guest.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .config import ConfigSpace as ConfigSpace
+    from .device import Device as Device
+    from .queue import Queue as Queue
+    from .server import serve as serve
+
+__all__ = ["ConfigSpace", "Device", "Queue", "serve"]
+
+_HOMES = {"ConfigSpace": "config", "Device": "device", "Queue": "queue", "serve": "server"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,88 @@
+"""What a virtio device written in Python is: a subclass of `Device`.
+
+It owns the contract between a device and whatever serves it.  It must not know sockets,
+messages or rings.
+"""
+
+from __future__ import annotations
+
+from .config import ConfigSpace
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .connection import Connection
+    from .loop import DeviceLoop
+    from .queue import Queue
+
+
+class Device:
+    """Base of all devices; only `on_queue` must be written.
+
+    `device_id` is the number of virtio 1.3 section 5, `features` the bits that the device
+    kind defines there (0-23 and 50-63; the transport's bits are added by themselves),
+    `queue_sizes` the largest size of each virtqueue, `config` the configuration space.
+
+    All methods are called in the serving thread.  An exception from one is taken for a bug in
+    the device and ends the serving.
+    """
+
+    device_id = 0
+    features = 0
+    queue_sizes: tuple[int, ...] = (256,)
+
+    def __init__(self) -> None:
+        self.config = ConfigSpace()
+        self.driver_features = 0
+        self.connection: Connection | None = None
+
+    @property
+    def queues(self) -> tuple[Queue, ...]:
+        """The virtqueues, while a frontend is connected."""
+        return self.connection.queues if self.connection is not None else ()
+
+    # -- life ----------------------------------------------------------------------------
+
+    def open(self, loop: DeviceLoop) -> None:
+        """Serving begins; `loop` watches the device's own descriptors until `close`."""
+
+    def close(self) -> None:
+        """Serving ends; release everything and remove own descriptors from the loop."""
+
+    def on_connect(self) -> None:
+        """A frontend has connected."""
+
+    def on_disconnect(self) -> None:
+        """The frontend is gone; every queue that ran has been stopped before."""
+
+    # -- driver --------------------------------------------------------------------------
+
+    def on_features(self, features: int) -> None:
+        """The driver accepted `features`, which are also in `driver_features`."""
+
+    def on_start(self, queue: Queue) -> None:
+        """`queue` begins to run; `queue.base` is 0 unless it goes on from before a pause."""
+
+    def on_queue(self, queue: Queue) -> None:
+        """The driver may have made chains available in `queue`."""
+        raise TypeError(f"{type(self).__name__} has no on_queue")
+
+    def on_stop(self, queue: Queue) -> None:
+        """`queue` is about to end: last chance to push, or to `rewind`, the chains in hand."""
+
+    def on_reset(self) -> None:
+        """The frontend reset the whole device (RESET_DEVICE); all queues are stopped."""
+
+    def on_config_read(self, offset: int, size: int) -> bytes:
+        """Give `size` bytes of the configuration space from `offset`."""
+        return self.config.read(offset, size)
+
+    def on_config_write(self, offset: int, data: bytes) -> None:
+        """The driver writes `data` at `offset` of the configuration space."""
+        self.config.write(offset, data)
+
+    # -- device to driver ------------------------------------------------------------------
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration space changed, if anybody listens."""
+        if self.connection is not None:
+            self.connection.send_config_change()

@@ -1,0 +1,174 @@
+"""One virtqueue as a device sees it: chains to take, and the notifications both ways.
+
+It owns the queue's eventfds and its `VRing` while that runs.  It must not know the
+messages that configure it (`connection`) or what the device does with the chains.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import log
+from .._native.vring import RingError, VRing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .._native.vring import Chain, GuestMemory
+
+
+class Queue:
+    """A virtqueue.  Iterate over it in `Device.on_queue` to get the available chains.
+
+    A chain that the loop's body neither pushed nor `keep`s is given back when the next one is
+    asked for, with what was written to it.  One pass hands out at most as many chains as
+    the queue has entries, so that a busy driver cannot starve the others; the rest comes
+    in the next call.
+    """
+
+    def __init__(self, index: int, max_size: int) -> None:
+        self.index = index
+        self.max_size = max_size
+        self.kick_fd = self.call_fd = self.error_fd = -1
+        self.forget()
+
+    def forget(self) -> None:
+        """Back to what a new connection finds; descriptors are closed."""
+        self.size = self.max_size
+        self.base = 0
+        self.addresses: tuple[int, int, int] | None = None
+        self.ring: VRing | None = None
+        self.enabled = False
+        self.kicked = False  # whether SET_VRING_KICK came: a queue may go without the descriptor
+        self.again = False
+        self._kept: set[int] = set()
+        self._missed_call = False
+        self.close()
+
+    # -- what devices use --------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[Chain]:
+        if self.ring is not None:
+            self.ring.disable_kicks()
+        for _ in range(self.size):
+            chain = self.pop()
+            if chain is None:
+                break
+            try:
+                yield chain
+            finally:
+                self._settle(chain)
+        else:
+            self.again = True
+        self.notify()
+
+    def pop(self) -> Chain | None:
+        """Take the next available chain, which the caller pushes sooner or later; None when
+        there is none, and then the driver's next one calls `on_queue`."""
+        ring = self.ring
+        if ring is None or not self.enabled:
+            return None
+        try:
+            chain = ring.pop()
+            if chain is None and ring.enable_kicks():
+                chain = ring.pop()
+        except RingError as error:
+            self._broke(error)
+            return None
+        return chain
+
+    def keep(self, chain: Chain) -> None:
+        """Leave `chain` out of the automatic return: the device pushes it later, in any order."""
+        self._kept.add(id(chain))
+
+    def rewind(self, count: int) -> None:
+        """Put the last `count` popped and not pushed chains back, as if never popped."""
+        if self.ring is not None:
+            self.ring.rewind(count)
+
+    def notify(self) -> None:
+        """Tell the driver about pushed chains, unless it asked not to be told.
+
+        Loops over the queue do this by themselves; call it after pushing a kept chain.
+        """
+        if self.ring is not None and self.ring.should_call():
+            if self.call_fd < 0:
+                self._missed_call = True
+            else:
+                signal_eventfd(self.call_fd)
+
+    @property
+    def running(self) -> bool:
+        """Whether chains can be taken now."""
+        return self.enabled and self.ring is not None and self.ring.running
+
+    def _broke(self, error: RingError) -> None:
+        """The driver broke the ring, which has stopped for good; the frontend is told."""
+        log.once(("ring", self.index), f"virtqueue {self.index} stopped: {error}")
+        if self.error_fd >= 0:
+            signal_eventfd(self.error_fd)
+
+    def _settle(self, chain: Chain) -> None:
+        if id(chain) in self._kept:
+            self._kept.discard(id(chain))
+        elif not chain.pushed:
+            chain.push()
+
+    # -- what the connection uses ------------------------------------------------------
+
+    def start(self, memory: GuestMemory, *, event_idx: bool, indirect: bool) -> None:
+        """Make the ring from what the frontend set; ValueError when it cannot be."""
+        if self.addresses is None:
+            raise ValueError("its addresses were never set")
+        self.ring = VRing(
+            memory, self.size, *self.addresses, base=self.base, event_idx=event_idx, indirect=indirect
+        )
+
+    def stop(self) -> int:
+        """End the ring and forget its eventfds; return the available index to go on from."""
+        if self.ring is not None:
+            self.ring.stop()
+            self.base = self.ring.next_avail
+            self.ring = None
+        self.again = self.kicked = False
+        self.close()
+        return self.base
+
+    def set_call(self, fd: int) -> None:
+        """Use `fd` (-1: none) for used buffer notifications; one that was missed is made up for."""
+        close_fd(self.call_fd)
+        self.call_fd = fd
+        if fd >= 0 and self._missed_call:
+            self._missed_call = False
+            signal_eventfd(fd)
+
+    def set_error(self, fd: int) -> None:
+        """Use `fd` (-1: none) to tell the frontend that the ring broke."""
+        close_fd(self.error_fd)
+        self.error_fd = fd
+
+    def set_kick(self, fd: int) -> None:
+        """Use `fd` (-1: none) for the driver's kicks."""
+        close_fd(self.kick_fd)
+        self.kick_fd = fd
+
+    def close(self) -> None:
+        """Close all three eventfds."""
+        self.set_kick(-1)
+        self.set_call(-1)
+        self.set_error(-1)
+
+
+def close_fd(fd: int) -> None:
+    """Close `fd` unless it is -1."""
+    if fd >= 0:
+        os.close(fd)
+
+
+def signal_eventfd(fd: int) -> None:
+    """Add one to an eventfd of the frontend's, which may be full, broken or no eventfd at all."""
+    try:
+        os.write(fd, b"\1\0\0\0\0\0\0\0")
+    except OSError:
+        return  # a full counter is a pending notification; a broken one is the frontend's loss

@@ -1,0 +1,121 @@
+"""Serving a device: where its connections come from, one after another.
+
+It owns the listening socket, the loop of a blocking `serve`, and the wait for the next
+frontend after one has gone.  It must not know messages or devices' insides.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from .. import log
+from .connection import Connection
+from .loop import DeviceLoop
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .device import Device
+
+    Where = str | int | socket.socket
+
+
+class Server:
+    """Serves `device` to one frontend at a time within a loop that somebody runs.
+
+    A connected socket serves once and then stops the loop; a listening one goes on until the
+    loop is stopped.  The server closes the socket.
+    """
+
+    def __init__(self, device: Device, sock: socket.socket, loop: DeviceLoop) -> None:
+        self._device = device
+        self._loop = loop
+        self._connection: Connection | None = None
+        self._listener = sock if is_listening(sock) else None
+        device.open(loop)
+        if self._listener is None:
+            self._connect(sock)
+        else:
+            loop.add_reader(sock.fileno(), self._on_client)
+
+    def close(self) -> None:
+        """End the connection, then the device, and close what was listened on."""
+        if self._connection is not None:
+            self._connection.close()
+        if self._listener is not None:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+        self._device.close()
+
+    def _connect(self, sock: socket.socket) -> None:
+        self._connection = Connection(self._device, sock, self._loop, self._on_end)
+
+    def _on_client(self) -> None:
+        assert self._listener is not None
+        try:
+            client, _ = self._listener.accept()
+        except OSError:
+            return  # it went away before we looked
+        self._loop.remove_reader(self._listener.fileno())
+        self._connect(client)
+
+    def _on_end(self, reason: str) -> None:
+        if reason:
+            log.warn(f"{type(self._device).__name__.lower()} backend: connection ended: {reason}")
+        self._connection = None
+        if self._listener is None:
+            self._loop.stop()
+        else:
+            self._loop.add_reader(self._listener.fileno(), self._on_client)
+
+
+def serve(device: Device, where: Where, *, loop: DeviceLoop | None = None) -> None:
+    """Serve `device` until the loop is stopped, or, on a connected socket, until it closes.
+
+    `where` is the path of a socket to listen on (one left over there is replaced, and it is
+    removed in the end), or a socket or descriptor, listening or connected.
+    """
+    path = where if isinstance(where, str) else None
+    own = loop or DeviceLoop()
+    server = Server(device, socket_at(where), own)
+    try:
+        own.run()
+    finally:
+        server.close()
+        if path is not None:
+            unlink_socket(path)
+        if loop is None:
+            own.close()
+
+
+def socket_at(where: Where) -> socket.socket:
+    """The socket that `where` means; OSError when there is none or none can be made."""
+    if isinstance(where, socket.socket):
+        return where
+    if isinstance(where, int):
+        return socket.socket(fileno=where)
+    unlink_socket(where)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(where)
+        sock.listen(1)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def unlink_socket(path: str) -> None:
+    """Remove a socket from the file system; anything else there stays."""
+    from stat import S_ISSOCK
+
+    try:
+        if S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def is_listening(sock: socket.socket) -> bool:
+    """Whether connections can be accepted from the socket."""
+    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
