@@ -1,0 +1,3 @@
+"""Types of native/process.pyx."""
+
+def set_parent_death_signal(signal: int) -> None: ...
