@@ -51,7 +51,7 @@ def parse(fd: int, name: str) -> BzImage:
     (version,) = unpack_from("<H", page, 0x206)
     if version < _MIN_VERSION:
         raise ConfigError(
-            f"kernel {name}: boot protocol {version >> 8}.{version & 0xFF:02} is too old; 2.08 or later is needed"
+            f"kernel {name}: boot protocol {version >> 8}.{version & 0xFF:02} is too old; 2.08 is needed"
         )
     sectors = page[0x1F1] or 4
     (paragraphs,) = unpack_from("<I", page, 0x1F4)

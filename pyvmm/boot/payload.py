@@ -217,7 +217,7 @@ def _zstd(data: memoryview) -> Iterator[bytes]:
 
 def _lz4(data: memoryview) -> Iterator[bytes]:
     """The legacy frame format: the magic, then blocks, each behind its length in four bytes."""
-    from lz4.block import decompress  # type: ignore[import-untyped]
+    from lz4.block import decompress
 
     at = 4
     while at + 4 <= len(data):

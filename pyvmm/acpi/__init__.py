@@ -1,0 +1,1 @@
+"""ACPI tables and the AML in them."""

@@ -1,0 +1,1 @@
+"""Devices without a virtio form: the serial port, power off, reset."""
