@@ -1,0 +1,91 @@
+"""What the lab's machine is made of: QEMU's command line, file servers, kernel.
+
+Facts about foreign programs, and nothing that runs: `lab` starts and ends them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+
+from ..errors import ConfigError
+from . import kernels
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+# A la57 guest would need five-level tables in the nested KVM; SVM is what TCG emulates.
+CPU_MODEL = "max,+svm,la57=off"
+ACCELERATOR = "tcg,thread=multi,tb-size=512"
+KERNEL_ARGUMENTS = "console=ttyS0 mitigations=off panic=-1"
+QEMU = "qemu-system-x86_64"
+VIRTIOFSD_C = "/usr/lib/qemu/virtiofsd"
+MIB = 1 << 20
+
+
+def kernel(progress: Callable[[str], None]) -> kernels.Kernel:
+    """Debian's kernel, which has KVM for AMD; fetched when there is none.  Raises ConfigError."""
+    for known in kernels.find_kernels():
+        if known.source in ("debian", "boot") and known.modules is not None:
+            return known
+    return kernels.fetch_kernel(progress)
+
+
+def connected_pair() -> tuple[socket.socket, socket.socket]:
+    """A listening unix socket and a client whose connection waits in its queue already."""
+    listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+    folder = tempfile.mkdtemp(prefix="pyvmm-")
+    try:
+        listener.bind(os.path.join(folder, "socket"))
+        listener.listen(1)
+        client.connect(os.path.join(folder, "socket"))
+    finally:
+        shutil.rmtree(folder)
+    return listener, client
+
+
+def file_server(directory: str, caching: str, listener: int) -> list[str]:
+    """Command line of a virtiofsd that serves `directory` to who connects to `listener`."""
+    if os.geteuid() == 0 and os.access(VIRTIOFSD_C, os.X_OK):
+        settings = f"source={directory},sandbox=chroot,cache={caching},log_level=err,xattr"
+        return [VIRTIOFSD_C, "-f", f"--fd={listener}", "-o", settings]
+    for program in ("/usr/libexec/virtiofsd", shutil.which("virtiofsd")):
+        if program and os.access(program, os.X_OK):
+            options = ["--sandbox=none", f"--cache={caching}", "--log-level=error"]
+            return [program, f"--fd={listener}", f"--shared-dir={directory}", *options]
+    raise ConfigError(
+        "the lab needs virtiofsd: apt-get install qemu-system-common and be root, or use the Rust one"
+    )
+
+
+def command(
+    *,
+    memory: int,
+    cpus: int,
+    kernel: str,
+    initramfs: str,
+    files: Sequence[tuple[str, int]],
+    channel: int,
+    console: int,
+    quiet: bool,
+) -> list[str]:
+    """QEMU's command line.  `files` are (tag, connected socket), the others connected sockets."""
+    program = shutil.which(QEMU)
+    if program is None:
+        raise ConfigError(f"the lab needs {QEMU}: apt-get install qemu-system-x86")
+    append = KERNEL_ARGUMENTS + (" quiet" if quiet else "")
+    argv = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv += ["-machine", "q35,memory-backend=ram", "-accel", ACCELERATOR, "-cpu", CPU_MODEL]
+    argv += ["-m", f"{memory // MIB}M", "-smp", str(cpus)]
+    argv += ["-object", f"memory-backend-memfd,id=ram,size={memory // MIB}M,share=on"]
+    argv += ["-kernel", kernel, "-initrd", initramfs, "-append", append]
+    argv += ["-chardev", f"socket,id=console,fd={console}", "-serial", "chardev:console"]
+    argv += ["-chardev", f"socket,id=command,fd={channel}", "-device", "virtio-serial-pci"]
+    argv += ["-device", "virtserialport,chardev=command,name=pyvmm.command"]
+    for tag, fd in files:
+        argv += ["-chardev", f"socket,id={tag},fd={fd}"]
+        argv += ["-device", f"vhost-user-fs-pci,chardev={tag},tag={tag},queue-size=1024"]
+    return argv

@@ -1,0 +1,319 @@
+"""The lab: a command inside an emulated machine that has a stock KVM in it.
+
+QEMU emulates an AMD machine with SVM, Debian's kernel offers /dev/kvm in it, and the
+host's file system is its root: read-only through virtiofsd, a writable layer in the
+guest's memory on top.  It owns the machine from start to end, and knows nothing of what
+runs inside.  Shared directories are the one way for results to outlive it.
+
+    python -m pyvmm.host.lab [--share DIR] -- CMD ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+
+from .. import log
+from ..errors import ConfigError, GuestError, GuestTimeout
+from ..guest import initramfs, protocol
+from ..guest.channel import CommandChannel
+from ..loop import EventLoop
+from ..record import Record
+from . import emulator
+from .children import Child
+from .console import ConsoleLog
+from .progress import Progress
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import FrameType
+
+    from ..guest.channel import Outcome
+
+    Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+
+MARK = "PYVMM_LAB"  # set in the environment of everything that runs inside
+LAST_WORDS_SECONDS = 1.0
+MIB = 1 << 20
+_STAGES = {
+    "init": "its kernel is up",
+    "modules": "its kernel is up",
+    "port": "its kernel is up",
+    "root": "its root is mounted",
+    "command": "running",
+    "ended": "done",
+}
+
+
+class LabConfig(Record):
+    """What to run, where, and in how large a machine.  `memory` is in bytes; `timeout` 0 is none."""
+
+    argv: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    cwd: str = "/"
+    share: tuple[str, ...] = ()
+    memory: int = 4096 * MIB
+    cpus: int = 2
+    timeout: float = 0
+    tty: tuple[int, int] | None = None
+
+
+def inside() -> bool:
+    """Whether this process already runs in the lab."""
+    return bool(os.environ.get(MARK))
+
+
+class Lab:
+    """One emulated machine that runs one command.  `run` once, then `close`."""
+
+    def __init__(self, config: LabConfig) -> None:
+        self.config = config
+        self._loop = EventLoop()
+        self._children: list[Child] = []
+        self._progress = Progress("lab")
+        self._console = ConsoleLog(self._loop, log.level >= log.INFO)
+        self._outcome: Outcome | None = None
+        self._failure: BaseException | None = None
+        self._interrupts = 0
+        self._started = False
+        self._channel: CommandChannel | None = None
+        self._qemu: Child | None = None
+
+    def run(self, stdin: int | None = 0, stdout: int | None = 1, stderr: int | None = 2) -> int:
+        """Run the command; returns its exit status.  Raises ConfigError or GuestError."""
+        ours, theirs = socket.socketpair()
+        self._channel = CommandChannel(
+            self._loop, ours, self._spec(), self._ended, stdin=stdin, stdout=stdout, stderr=stderr,
+            on_stage=self._stage, on_warning=log.warn,
+        )  # fmt: skip
+        with theirs:
+            self._start_machine(theirs)
+        if self.config.timeout:
+            self._loop.call_later(self.config.timeout, self._timed_out)
+        self._loop.run()
+        self._progress.clear()
+        if self._failure is not None:
+            raise self._failure
+        assert self._outcome is not None
+        return self._verdict(self._outcome)
+
+    def signal(self, number: int) -> None:
+        """Pass a signal on to the command; a second Ctrl-C, or any other signal, ends the machine."""
+        self._loop.call_soon_threadsafe(lambda: self._signalled(number))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the command's terminal its new size."""
+        if self._channel is not None:
+            channel = self._channel
+            self._loop.call_soon_threadsafe(lambda: channel.resize(rows, columns))
+
+    def close(self) -> None:
+        """End every process and release everything."""
+        self._progress.clear()
+        if self._channel is not None:
+            self._channel.close()
+        for child in reversed(self._children):
+            child.close()
+        self._console.close()
+        self._loop.close()
+
+    # -- starting --------------------------------------------------------------------------
+
+    def _spec(self) -> protocol.Spec:
+        config = self.config
+        mounts = [protocol.Mount(path, f"share{i}") for i, path in enumerate(config.share)]
+        return protocol.Spec(
+            argv=config.argv,
+            env=(*(line for line in config.env if not line.startswith(MARK + "=")), MARK + "=1"),
+            cwd=config.cwd,
+            hostname="lab",
+            tty=config.tty,
+            root=protocol.Mount("/", "root", "virtiofs", "ro"),
+            overlay=True,
+            mounts=tuple(mounts),
+        )
+
+    def _start_machine(self, channel: socket.socket) -> None:
+        kernel = emulator.kernel(self._progress.show)
+        archive = initramfs.for_kernel(kernel.modules, initramfs.LAB_MODULES)
+        self._progress.show("starting the emulated machine")
+        root = self._serve("/", "always")
+        shares = [self._serve(path, "auto") for path in self.config.share]
+        files = [("root", root), *((f"share{i}", sock) for i, sock in enumerate(shares))]
+        console = self._console.take_socket()
+        argv = emulator.command(
+            memory=self.config.memory,
+            cpus=self.config.cpus,
+            kernel=kernel.path,
+            initramfs=archive,
+            files=[(tag, sock.fileno()) for tag, sock in files],
+            channel=channel.fileno(),
+            console=console.fileno(),
+            quiet=log.level < log.INFO,
+        )
+        kept = [channel.fileno(), console.fileno(), *(sock.fileno() for _, sock in files)]
+        self._qemu = self._spawn(argv, kept)
+        for sock in (console, *(sock for _, sock in files)):
+            sock.close()
+        self._loop.add_reader(self._qemu.pidfd, self._qemu_ended)
+
+    def _spawn(self, argv: Sequence[str], keep: Sequence[int]) -> Child:
+        child = Child(argv, keep)
+        self._children.append(child)
+        return child
+
+    def _serve(self, directory: str, caching: str) -> socket.socket:
+        listener, client = emulator.connected_pair()
+        with listener:
+            self._spawn(emulator.file_server(directory, caching, listener.fileno()), [listener.fileno()])
+        return client
+
+    # -- what happens ------------------------------------------------------------------------
+
+    def _stage(self, name: str, seconds: float) -> None:
+        self._progress.show(f"{_STAGES.get(name, name)} ({seconds:.1f} s)")
+        log.debug(f"lab: {name} at {seconds:.3f} s")
+        if name == "command":
+            self._started = True
+            self._progress.clear()
+
+    def _ended(self, outcome: Outcome) -> None:
+        """The guest has written back everything by now, so the machine need not power off."""
+        self._outcome = outcome
+        if self._outcome.lost and self._qemu is not None:
+            self._loop.call_later(LAST_WORDS_SECONDS, self._loop.stop)  # its console may say why
+        else:
+            self._loop.stop()
+
+    def _qemu_ended(self) -> None:
+        assert self._qemu is not None
+        self._loop.remove_reader(self._qemu.pidfd)
+        self._qemu.wait(0)
+
+    def _timed_out(self) -> None:
+        self._fail(GuestTimeout(f"the command did not end within {self.config.timeout:g} s in the lab"))
+
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._loop.stop()
+
+    def _signalled(self, number: int) -> None:
+        self._interrupts += 1
+        if number == signal.SIGINT and self._started and self._interrupts == 1:
+            assert self._channel is not None
+            self._channel.signal(number)
+        else:
+            self._fail(SystemExit(128 + number))
+
+    def _verdict(self, outcome: Outcome) -> int:
+        if outcome.status is not None:
+            return outcome.status
+        if outcome.error and not outcome.lost:
+            raise GuestError(f"lab: {outcome.error}")
+        raise self._console.explain(self._qemu.status if self._qemu else None)
+
+
+def run_in_lab(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: str | None = None,
+    share: Sequence[str] = (),
+    memory: int = 4096 * MIB,
+    cpus: int = 2,
+    timeout: float = 0,
+) -> int:
+    """Run `argv` in the lab with this process's streams and return its exit status.
+
+    `env` and `cwd` default to this process's.  `share` are directories that stay writable
+    through to the host, at the same paths.  Signals of this process go to the command.
+    Raises ConfigError, GuestError, and SystemExit for a signal that ends it all.
+    """
+    from ..streams import Terminal
+
+    size = _terminal_size()
+    config = LabConfig(
+        argv=tuple(argv),
+        env=tuple(f"{key}={value}" for key, value in (os.environ if env is None else env).items()),
+        cwd=os.getcwd() if cwd is None else cwd,
+        share=tuple(_shared_directory(path) for path in share),
+        memory=memory,
+        cpus=cpus,
+        timeout=timeout,
+        tty=size,
+    )
+    lab = Lab(config)
+    terminal = Terminal() if size else None
+    handlers = _catch_signals(lab)
+    try:
+        return lab.run()
+    finally:
+        lab.close()
+        if terminal is not None:
+            terminal.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _terminal_size() -> tuple[int, int] | None:
+    """Rows and columns, when a person sits at both ends."""
+    if not (os.isatty(0) and os.isatty(1)):
+        return None
+    columns, rows = os.get_terminal_size(1)
+    return rows, columns
+
+
+def _shared_directory(path: str) -> str:
+    real = os.path.realpath(path)
+    if not os.path.isdir(real):
+        raise ConfigError(f"--share {path}: no such directory; make it first")
+    return real
+
+
+def _catch_signals(lab: Lab) -> dict[int, Handler]:
+    previous: dict[int, Handler] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        previous[number] = signal.signal(number, lambda number, _: lab.signal(number))
+
+    def resized(number: int, frame: object) -> None:
+        size = _terminal_size()
+        if size:
+            lab.resize(*size)
+
+    previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, resized)
+    return previous
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line of `python -m pyvmm.host.lab`."""
+    import argparse
+
+    from ..errors import PyvmmError
+
+    parser = argparse.ArgumentParser(prog="python -m pyvmm.host.lab")
+    parser.add_argument("--share", action="append", default=[], metavar="DIR")
+    parser.add_argument("--memory", type=int, default=4096, metavar="MIB")
+    parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=0, metavar="SECONDS")
+    parser.add_argument("-v", "--verbose", action="count", default=0)
+    parser.add_argument("command", nargs="*", metavar="CMD")
+    options = parser.parse_args(argv)
+    log.level = log.WARN + options.verbose
+    command = options.command or [os.environ.get("SHELL") or "/bin/sh"]
+    try:
+        return run_in_lab(
+            command,
+            share=options.share,
+            memory=options.memory * MIB,
+            cpus=options.cpus,
+            timeout=options.timeout,
+        )
+    except PyvmmError as error:
+        log.warn(str(error))
+        return error.exit_status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
