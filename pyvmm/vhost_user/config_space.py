@@ -1,0 +1,90 @@
+"""The device configuration space: the backend's, or one given to the frontend.
+
+It owns the rules by which every known backend answers.  Reads ask for the whole space
+from offset 0 and are cut here: libvhost-user and DPDK ignore the offset, some backends want
+exactly the structure's size, and some hand out their heap to who asks for more.  Writes
+follow the kind's policy.  The last bytes seen are kept, so that a read always has an
+answer; they are no cache, since a space may change by being written (virtio-input).  It
+must not know the layout of any device's configuration.
+"""
+
+from __future__ import annotations
+
+from ..errors import RemoteProtocolError
+from .messages import CONFIG_WRITABLE
+from .payloads import Config
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .client import Client
+
+# write policies
+FORWARD = "forward"  # exactly what the driver wrote
+WHOLE = "whole"  # the whole space, for backends that ignore the offset
+ABSORB = "absorb"  # kept here: the backend cannot take it (virtio-scsi)
+
+SHRINK = 4  # step in which a smaller structure is tried; fields are at most this wide at the end
+
+
+class LocalConfig:
+    """A configuration space that only the frontend knows."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._bytes = bytearray(data)
+
+    def last(self, offset: int, length: int) -> bytes:
+        """What is known of a range, zeros beyond the end."""
+        return bytes(self._bytes[offset : offset + length]).ljust(length, b"\0")
+
+    def read(self, client: Client, offset: int, length: int) -> bytes:
+        """What the driver reads."""
+        return self.last(offset, length)
+
+    def write(self, client: Client, offset: int, data: bytes) -> None:
+        """What the driver writes; bytes beyond the end are dropped."""
+        data = data[: max(0, self.size - offset)]
+        self._bytes[offset : offset + len(data)] = data
+
+
+class BackendConfig(LocalConfig):
+    """The backend's configuration space of at most `size` bytes."""
+
+    def __init__(self, client: Client, size: int, policy: str) -> None:
+        super().__init__(bytes(size))
+        self._policy = policy
+        self._find_size(client)
+
+    def read(self, client: Client, offset: int, length: int) -> bytes:
+        """Read through to the backend; raises ProtocolError, `last` is there for that case."""
+        if not self._fetch(client):
+            raise RemoteProtocolError("the backend cannot read its configuration space")
+        return self.last(offset, length)
+
+    def write(self, client: Client, offset: int, data: bytes) -> None:
+        """Write through by the policy; raises Refusal when the backend does not take it."""
+        data = data[: max(0, self.size - offset)]
+        super().write(client, offset, data)
+        if not data or self._policy == ABSORB:
+            return
+        if self._policy == WHOLE:
+            offset, data = 0, bytes(self._bytes)
+        client.call("SET_CONFIG", Config(offset, CONFIG_WRITABLE, data))
+
+    def _find_size(self, client: Client) -> None:
+        """Shrink until the backend answers: its structure may be older and shorter than ours."""
+        while self.size and not self._fetch(client):
+            self.size -= min(SHRINK, self.size)
+        del self._bytes[self.size :]
+
+    def _fetch(self, client: Client) -> bool:
+        """Read the whole space; False when the backend reports an error."""
+        reply = client.call("GET_CONFIG", Config(0, 0, bytes(self.size)))
+        if not isinstance(reply, Config) or not reply.data:
+            return False
+        if (reply.offset, len(reply.data)) != (0, self.size):
+            raise RemoteProtocolError(
+                f"GET_CONFIG of {self.size} bytes was answered with {len(reply.data)} at {reply.offset}"
+            )
+        self._bytes[:] = reply.data
+        return True

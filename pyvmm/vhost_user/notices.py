@@ -1,0 +1,86 @@
+"""The backend's own requests: served in the event loop's thread, bounded per wake-up.
+
+It owns the frontend's end of the socket pair of SET_BACKEND_REQ_FD.  A backend may wait
+here for an ack while a virtual CPU waits for the backend on the main connection, so
+nothing here takes the frontend's lock or blocks.  It must not know what a notice means to
+the device: a handler does, found by the request's name.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from ..errors import BackendLost
+from .channel import close_all, pair
+from .messages import BACKEND_REQUESTS
+from .session import Responder
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from .codec import Message
+    from .session import Negotiation
+
+    Handler = Callable[[Message], int]
+
+BUDGET = 64  # messages in one wake-up; the loop has other things to do
+NOT_SUPPORTED = 95  # EOPNOTSUPP, the status of a request that nobody handles
+
+
+class Notices:
+    """Reads, dispatches and acks.  A handler returns the ack's status, 0 is success."""
+
+    def __init__(self, negotiation: Negotiation, handlers: Mapping[str, Handler]) -> None:
+        self._channel, self._theirs = pair()
+        self._responder = Responder(BACKEND_REQUESTS, negotiation, _close_fd)
+        self._handlers = handlers
+        self.ended = False
+
+    def fileno(self) -> int:
+        """The descriptor to watch."""
+        return self._channel.fileno()
+
+    def hand_over(self, send: Callable[[int], None]) -> None:
+        """Give the other end's descriptor to `send`, then close it here."""
+        try:
+            send(self._theirs.fileno())
+        finally:
+            self._theirs.close()
+
+    def serve(self) -> None:
+        """Handle what has arrived.  `ended` tells that the backend closed its end.
+
+        Raises RemoteProtocolError; the connection is of no use afterwards.
+        """
+        for _ in range(BUDGET):
+            try:
+                message = self._channel.receive_now(self._responder.decoder)
+            except BackendLost:
+                self.ended = True
+                return
+            if message is None:
+                return
+            self._handle(message)
+
+    def _handle(self, message: Message) -> None:
+        self._responder.received(message)
+        handler = self._handlers.get(message.request.name)
+        try:
+            status = handler(message) if handler else NOT_SUPPORTED
+        finally:
+            message.close()
+        answer = self._responder.ack(status)
+        if answer:
+            # a peer that asks for acks and does not read them has filled the socket's buffer
+            self._channel.send(answer, deadline=monotonic())
+
+    def close(self) -> None:
+        """Close both ends."""
+        self._responder.decoder.close()
+        self._channel.close()
+        self._theirs.close()
+
+
+def _close_fd(fd: int) -> None:
+    close_all((fd,))
