@@ -79,10 +79,9 @@ class VirtioDevice:
         self.kicks = [os.eventfd(0, DOORBELL) for _ in self.queues]
         self.status = 0
         self.driver_features = 0
-        kind = kinds.by_id(backend.device_id)
         # A driver that reads a field past the end of the structure takes the guest down
         # (BUG_ON in Linux), so there is room for all fields even when the backend has fewer.
-        self.config_size = max(backend.config_size, kind.config_size if kind else 0)
+        self.config_size = max(backend.config_size, kinds.of(backend.device_id).config_size)
         self._ram = ram
         self._interrupts = interrupts
         self._state_lock = Lock()

@@ -11,7 +11,7 @@ a kind is data, and an id that is not here works too.
     ports   2, or a pair a port and the control pair: 4, 6, 8 ... (console)
     fixed   between the minimum and the usual number: some exist only with a feature
 
-`config_writes` is what becomes of a driver's write to its configuration space:
+`write_policy` is what becomes of a driver's write to its configuration space:
 
     forward  handed on, exactly the bytes written
     whole    handed on with everything before it: the driver selects what it then reads, and backends want
@@ -39,14 +39,14 @@ class Kind(Record):
     """One device type.  `pci_class` is base class and subclass; `refused` says why a vhost-user
     backend cannot serve it."""
 
-    id: int
+    device_id: int
     name: str
     aliases: tuple[str, ...] = ()
     min_queues: int = 1
     usual_queues: int = 1
     queue_rule: str = ANY
     config: tuple[Field, ...] = ()
-    config_writes: str = FORWARD
+    write_policy: str = FORWARD
     pci_class: int = UNCLASSIFIED
     title: str = ""
     refused: str = ""
@@ -188,12 +188,20 @@ KINDS = (
     Kind(49, "usb", (), title="USB controller"),
 )  # fmt: skip
 
-_BY_ID = {kind.id: kind for kind in KINDS}
+_BY_ID = {kind.device_id: kind for kind in KINDS}
 
 
 def by_id(device_id: int) -> Kind | None:
     """The row of a virtio id, None when nobody has described it."""
     return _BY_ID.get(device_id)
+
+
+def of(device_id: int) -> Kind:
+    """The row of a virtio id, or a plain one for an id that nobody has described.
+
+    The plain one has room for as much configuration as QEMU's backends may have at most.
+    """
+    return _BY_ID.get(device_id) or Kind(device_id, f"virtio-{device_id}", config=(("config", 256),))
 
 
 def by_name(name: str) -> Kind | None:

@@ -295,12 +295,11 @@ class Notify:
 
 
 def _identity(device_id: int) -> Identity:
-    kind = kinds.by_id(device_id)
     number = spec.PCI_DEVICE_BASE + device_id
     return Identity(
         vendor=spec.PCI_VENDOR_ID,
         device=number,
-        class_code=kind.pci_class << 8 if kind else kinds.UNCLASSIFIED << 8,
+        class_code=kinds.of(device_id).pci_class << 8,
         revision=spec.PCI_REVISION,
         subsystem_vendor=spec.PCI_VENDOR_ID,
         subsystem=number,

@@ -1,0 +1,100 @@
+"""The table of kinds, held against the kernel's headers where they have the same facts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pyvmm.virtio import kinds, spec
+
+HEADERS = Path("/usr/include/linux")
+# What cloud-hypervisor's --generic-vhost-user takes for device_type
+FOREIGN_NAMES = """
+    net:1 block:2 console:3 rng:4 balloon:5 iomem:6 rpmsg:7 scsi:8 9p:9 mac80211_wlan:10 rproc_serial:11
+    caif:12 memory_balloon:13 gpu:16 clock:17 input:18 vsock:19 crypto:20 signal_dist:21 pstore:22 iommu:23
+    mem:24 sound:25 fs:26 pmem:27 rpmb:28 mac80211_hwsim:29 video_encoder:30 video_decoder:31 scmi:32
+    nitro_sec_mod:33 i2c:34 watchdog:35 can:36 dmabuf:37 param_serv:38 audio_policy:39 bt:40 gpio:41
+    rdma:42 camera:43 ism:44 spi:45 tee:46 cpu_balloon:47 media:48 usb:49
+"""
+
+
+def test_names_and_ids_are_unique():
+    names = [name for kind in kinds.KINDS for name in (kind.name, *kind.aliases)]
+    assert len(names) == len(set(names))
+    ids = [kind.device_id for kind in kinds.KINDS]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == set(range(1, 50)) - {14, 15}
+    assert max(ids) <= spec.MAX_DEVICE_ID
+
+
+@pytest.mark.parametrize("pair", FOREIGN_NAMES.split())
+def test_names_that_cloud_hypervisor_takes(pair):
+    name, number = pair.split(":")
+    kind = kinds.by_name(name)
+    assert kind is not None and kind.device_id == int(number)
+    assert kinds.by_id(int(number)) is kind is kinds.of(int(number))
+
+
+def test_unknown_ids_work():
+    assert kinds.by_id(55) is None and kinds.by_name("nothing") is None
+    assert kinds.of(55).name == "virtio-55"
+    assert kinds.of(55).queue_fault(1) is None
+
+
+@pytest.mark.skipif(not HEADERS.exists(), reason="needs the kernel's user space headers")
+def test_ids_are_the_kernels():
+    text = (HEADERS / "virtio_ids.h").read_text()
+    known = {int(number) for number in re.findall(r"VIRTIO_ID_\w+\s+(\d+)\s", text)}
+    assert known and not known - {kind.device_id for kind in kinds.KINDS}
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("net", 28), ("block", 96), ("console", 12), ("rng", 0), ("balloon", 16), ("scsi", 36), ("gpu", 20),
+        ("input", 136), ("vsock", 8), ("crypto", 56), ("iommu", 40), ("mem", 56), ("sound", 16), ("fs", 44),
+        ("pmem", 16), ("rpmb", 3), ("can", 2), ("bt", 5), ("gpio", 8), ("spi", 32), ("media", 40),
+    ],
+)  # fmt: skip
+def test_config_sizes(name, size):
+    kind = kinds.by_name(name)
+    assert kind is not None and kind.config_size == size
+
+
+def test_fields_have_their_natural_offsets():
+    for kind in kinds.KINDS:
+        if kind.name == "bt":  # packed by its header
+            continue
+        for name, offset, width in kind.fields():
+            assert offset % min(width, 8 if width in (1, 2, 4, 8) else 1) == 0, (kind.name, name)
+    offsets = {name: offset for name, offset, _ in kinds.of(2).fields()}
+    assert (offsets["blk_size"], offsets["writeback"], offsets["num_queues"]) == (20, 32, 34)
+    assert offsets["zone_sectors"] == 72
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "text"),
+    [
+        ("fs", 1, "at least 2"), ("fs", 2, ""), ("fs", 9, ""), ("net", 1, "at least 2"), ("net", 3, ""),
+        ("console", 3, "even"), ("console", 4, ""), ("console", 2, ""), ("vsock", 2, "at least 3"),
+        ("vsock", 4, "at most 3"), ("rng", 0, "at least 1"), ("scsi", 2, "at least 3"), ("block", 16, ""),
+    ],
+)  # fmt: skip
+def test_queue_rules(name, count, text):
+    kind = kinds.by_name(name)
+    assert kind is not None
+    fault = kind.queue_fault(count)
+    assert text in fault if text else fault is None
+    assert kind.queue_fault(kind.usual_queues) is None
+
+
+def test_every_row_is_whole():
+    for kind in kinds.KINDS:
+        assert kind.min_queues <= kind.usual_queues
+        assert kind.queue_fault(kind.usual_queues) is None
+        assert kind.title
+        assert 0 < kind.pci_class <= 0xFFFF
+        assert kind.write_policy in (kinds.FORWARD, kinds.WHOLE, kinds.ABSORB)
+        assert kind.queue_rule in (kinds.ANY, kinds.PAIRS, kinds.PORTS, kinds.FIXED)
