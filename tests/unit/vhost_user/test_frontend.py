@@ -13,10 +13,10 @@ from fakes import backend as fake
 from fakes.backend import FakeBackend, FakeKind, Surroundings, no_new_fds
 
 from pyvmm.errors import BackendLost, ConfigError, RemoteProtocolError
-from pyvmm.vhost_user.codec import Decoder
+from pyvmm.vhost_user.codec import Decoder, encode_request
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.memory import USER_BASE
-from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES
+from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, Request, RequestTable
 from pyvmm.vhost_user.messages import ProtocolFeature as P
 from pyvmm.vhost_user.payloads import (
     U64,
@@ -24,6 +24,7 @@ from pyvmm.vhost_user.payloads import (
     Empty,
     MemRegion,
     MemTable,
+    Mmap,
     VringAddr,
     VringFile,
     VringState,
@@ -359,9 +360,9 @@ def test_failed_read_gives_the_last_bytes_and_loses_the_backend(bench: Bench) ->
 # -- the backend's requests --------------------------------------------------------
 
 
-def ack(backend: FakeBackend) -> int:
+def ack(backend: FakeBackend, table: RequestTable = BACKEND_REQUESTS) -> int:
     assert backend.requests is not None
-    decoder = Decoder(BACKEND_REQUESTS, os.close, replies=True)
+    decoder = Decoder(table, os.close, replies=True)
     reply = backend.requests.receive(decoder, monotonic() + 5).payload
     assert isinstance(reply, U64)
     return reply.value
@@ -416,8 +417,6 @@ def test_ungated_request_costs_the_device(bench: Bench) -> None:
     backend = bench.backend()
     bench.watched(backend)
     with os.fdopen(os.memfd_create("map"), "rb") as file:
-        from pyvmm.vhost_user.payloads import Mmap
-
         backend.ask("SHMEM_MAP", Mmap(0, 0, 0, 4096, 0), [file.fileno()])
         until(lambda: bench.lost)
     assert "SHMEM_MAP without SHMEM" in bench.lost[0]
@@ -427,11 +426,9 @@ def test_unknown_request_is_refused_and_the_device_lives(bench: Bench) -> None:
     backend = bench.backend()
     frontend = bench.watched(backend)
     assert backend.requests is not None
-    backend.requests.send(
-        (1006).to_bytes(4, "little") + bytes([9, 0, 0, 0] * 1 + [0] * 4), (), monotonic() + 5
-    )
-    message = backend.requests._socket.recv(20) if not sleep(0.05) else b""
-    assert message[12] == 95
+    dance = Request(1006, "DANCE")
+    backend.requests.send(encode_request(dance, Empty(), need_reply=True), (), monotonic() + 5)
+    assert ack(backend, RequestTable("backend", (dance,))) == 95
     assert frontend.read_config(0, 1) == b"\0"
 
 
