@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         """What the frontend must know of a device kind; `pyvmm.virtio.kinds` has them."""
 
         @property
-        def id(self) -> int: ...
+        def device_id(self) -> int: ...
         @property
         def name(self) -> str: ...
         @property
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         @property
         def config_size(self) -> int: ...
         @property
-        def config_writes(self) -> str: ...
+        def write_policy(self) -> str: ...
 
 
 def _bits(*numbers: int) -> int:
@@ -95,7 +95,7 @@ class Frontend:
     ) -> None:
         self._endpoint = endpoint(connect)
         self.name = name or f"{kind.name} at {self._endpoint.name}"
-        self.device_id = kind.id
+        self.device_id = kind.device_id
         self.queue_sizes = tuple(queue_sizes)
         self.shared_memory: tuple[tuple[int, int], ...] = ()
         self.on_config_change: Callable[[], None] = _nothing
@@ -172,7 +172,7 @@ class Frontend:
         if self._override is not None:
             return LocalConfig(self._override)
         if link.client.negotiation.has(ProtocolFeature.CONFIG):
-            return BackendConfig(link.client, size, self._kind.config_writes)
+            return BackendConfig(link.client, size, self._kind.write_policy)
         if size:
             log.warn(
                 f"{self.name}: the backend has no configuration space, the guest reads zeros; see config="

@@ -40,11 +40,11 @@ PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ | P.INFLIGHT_SHMFD | P.
 class FakeKind(Record):
     """A device kind in the shape of pyvmm.virtio.kinds."""
 
-    id: int = 40
+    device_id: int = 40
     name: str = "fake"
     min_queues: int = 1
     config_size: int = 16
-    config_writes: str = "forward"
+    write_policy: str = "forward"
 
 
 class FakeBackend:

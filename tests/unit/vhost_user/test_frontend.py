@@ -321,7 +321,7 @@ def test_reads_are_not_cached(bench: Bench) -> None:
 )
 def test_write_policies(bench: Bench, policy: str, expected: list[Config]) -> None:
     backend = bench.backend()
-    frontend = bench.frontend(backend, FakeKind(config_writes=policy))
+    frontend = bench.frontend(backend, FakeKind(write_policy=policy))
     frontend.write_config(4, b"ab")
     frontend.write_config(16, b"beyond")
     assert [p for n, p, _ in backend.seen if n == "SET_CONFIG"] == expected
