@@ -17,7 +17,7 @@ import os
 from struct import unpack_from
 from time import time
 
-from .. import log
+from .. import cache, log
 from ..errors import ConfigError
 
 TYPE_CHECKING = False
@@ -71,7 +71,7 @@ def open_vmlinux(fd: int, image: BzImage, path: str, directory: str | None = Non
 
     `fd` and `path` are the bzImage.  The caller closes the descriptor.  Raises ConfigError.
     """
-    where = cache_directory() if directory is None else directory
+    where = cache.directory("vmlinux") if directory is None else directory
     entry = os.path.join(where, _key(fd, path))
     (size,) = unpack_from(
         "<I", os.pread(fd, 4, image.payload_offset + image.payload_size - 4).ljust(4, b"\0")
@@ -94,14 +94,6 @@ def open_vmlinux(fd: int, image: BzImage, path: str, directory: str | None = Non
             os.unlink(temporary)
         raise
     return target, entry if temporary else ""
-
-
-def cache_directory() -> str:
-    """Where unpacked kernels are kept, by the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not base.startswith("/"):
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    return os.path.join(base, "pyvmm", "vmlinux")
 
 
 def _unpack_into(target: int, fd: int, image: BzImage, path: str, size: int) -> None:
