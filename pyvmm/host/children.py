@@ -18,29 +18,25 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _GRACE_MS = 2000
+_TAIL = 4096
 
 
 class Child:
     """One helper.  `pidfd` becomes readable when it ends; `close` ends it if it has not.
 
     Only the descriptors in `keep` stay open in it, under their own numbers.  Its standard
-    input is empty, its output and error go to `output`.  It has a session of its own, so
+    input is empty; what it prints is kept for `last_words`.  It has a session of its own, so
     Ctrl-C does not reach it.  Raises ConfigError when the program cannot be started.
     """
 
-    def __init__(self, argv: Sequence[str], keep: Sequence[int] = (), output: int = 2) -> None:
+    def __init__(self, argv: Sequence[str], keep: Sequence[int] = ()) -> None:
         self.name = os.path.basename(argv[0])
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        parent = os.getpid()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become(argv, keep, output, writer, parent)
-        os.close(writer)
-        failure = os.read(reader, 4096)
-        os.close(reader)
-        if failure:
-            os.waitpid(self.pid, 0)
-            raise ConfigError(f"{argv[0]} cannot be started: {failure.decode()}")
+        self._output = os.memfd_create(f"{self.name} output", os.MFD_CLOEXEC)
+        try:
+            self.pid = _start(argv, keep, self._output)
+        except BaseException:
+            os.close(self._output)
+            raise
         self.pidfd = os.pidfd_open(self.pid)
         self.status: int | None = None
 
@@ -63,7 +59,30 @@ class Child:
                 signal.pidfd_send_signal(self.pidfd, number)
                 self.wait(_GRACE_MS)
         os.close(self.pidfd)
+        os.close(self._output)
         self.pidfd = -1
+
+    def last_words(self) -> str:
+        """The last line that it printed, or nothing."""
+        size = os.fstat(self._output).st_size
+        tail = os.pread(self._output, _TAIL, max(0, size - _TAIL)).strip()
+        return tail.split(b"\n")[-1].decode("utf-8", "replace")
+
+
+def _start(argv: Sequence[str], keep: Sequence[int], output: int) -> int:
+    """Fork and exec; returns the process id once the program runs."""
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _become(argv, keep, output, writer, parent)
+    os.close(writer)
+    with open(reader, "rb") as pipe:
+        failure = pipe.read()
+    if failure:
+        os.waitpid(pid, 0)
+        raise ConfigError(f"{argv[0]} cannot be started: {failure.decode()}")
+    return pid
 
 
 def _become(argv: Sequence[str], keep: Sequence[int], output: int, failure: int, parent: int) -> None:

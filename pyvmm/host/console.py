@@ -44,14 +44,15 @@ class ConsoleLog:
         if self._verbose:
             os.write(2, data.replace(b"\r\n", b"\n"))
 
-    def explain(self, status: int | None) -> GuestError:
-        """Why the machine ended without a word from its init; `status` is the emulator's."""
+    def explain(self, emulator: str) -> GuestError:
+        """Why the machine ended without a word from its init; `emulator` is what that said last."""
         for mark, kind, what in _LAST_WORDS:
             if mark in self.text:
                 return kind(f"the guest ended: {what}: {_line_after(self.text, mark)}")
         last = self.text.strip().split(b"\n")[-1].decode("utf-8", "replace").strip()
-        said = f"; the last line of its console: {last}" if last else ""
-        return GuestCrash(f"the guest ended without a word (emulator's status {status}){said}")
+        said = [f"; its console's last line: {last}"] if last else []
+        said += [f"; the emulator said: {emulator}"] if emulator else []
+        return GuestCrash("the guest ended without a word" + "".join(said))
 
     def close(self) -> None:
         """Release both ends."""

@@ -72,6 +72,7 @@ class Lab:
         self.config = config
         self._loop = EventLoop()
         self._children: list[Child] = []
+        self._sockets: list[socket.socket] = []  # QEMU's ends, until it has them
         self._progress = Progress("lab")
         self._console = ConsoleLog(self._loop, log.level >= log.INFO)
         self._outcome: Outcome | None = None
@@ -114,7 +115,9 @@ class Lab:
         self._progress.clear()
         if self._channel is not None:
             self._channel.close()
+        self._close_sockets()
         for child in reversed(self._children):
+            self._loop.remove_reader(child.pidfd)
             child.close()
         self._console.close()
         self._loop.close()
@@ -139,9 +142,8 @@ class Lab:
         kernel = emulator.kernel(self._progress.show)
         archive = initramfs.for_kernel(kernel.modules, initramfs.LAB_MODULES)
         self._progress.show("starting the emulated machine")
-        root = self._serve("/", "always")
-        shares = [self._serve(path, "auto") for path in self.config.share]
-        files = [("root", root), *((f"share{i}", sock) for i, sock in enumerate(shares))]
+        files = [("root", self._serve("/", "always"))]
+        files += [(f"share{i}", self._serve(path, "auto")) for i, path in enumerate(self.config.share)]
         console = self._console.take_socket()
         argv = emulator.command(
             memory=self.config.memory,
@@ -153,22 +155,27 @@ class Lab:
             console=console.fileno(),
             quiet=log.level < log.INFO,
         )
-        kept = [channel.fileno(), console.fileno(), *(sock.fileno() for _, sock in files)]
-        self._qemu = self._spawn(argv, kept)
-        for sock in (console, *(sock for _, sock in files)):
-            sock.close()
+        self._qemu = Child(argv, [sock.fileno() for sock in (channel, console, *self._sockets)])
+        self._children.append(self._qemu)
+        console.close()
+        self._close_sockets()
         self._loop.add_reader(self._qemu.pidfd, self._qemu_ended)
 
-    def _spawn(self, argv: Sequence[str], keep: Sequence[int]) -> Child:
-        child = Child(argv, keep)
-        self._children.append(child)
-        return child
-
     def _serve(self, directory: str, caching: str) -> socket.socket:
+        """Start a file server for a directory; returns the connection that QEMU will use."""
         listener, client = emulator.connected_pair()
+        self._sockets.append(client)
         with listener:
-            self._spawn(emulator.file_server(directory, caching, listener.fileno()), [listener.fileno()])
+            argv = emulator.file_server(directory, caching, listener.fileno())
+            server = Child(argv, [listener.fileno()])
+        self._children.append(server)
+        self._loop.add_reader(server.pidfd, lambda: self._server_ended(server, directory))
         return client
+
+    def _close_sockets(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+        self._sockets.clear()
 
     # -- what happens ------------------------------------------------------------------------
 
@@ -192,6 +199,13 @@ class Lab:
         self._loop.remove_reader(self._qemu.pidfd)
         self._qemu.wait(0)
 
+    def _server_ended(self, server: Child, directory: str) -> None:
+        self._loop.remove_reader(server.pidfd)
+        status = server.wait(0)
+        if self._outcome is None and self._qemu is not None and self._qemu.wait(0) is None:
+            said = server.last_words() or "without a word"
+            self._fail(GuestError(f"lab: {server.name} for {directory} ended (status {status}): {said}"))
+
     def _timed_out(self) -> None:
         self._fail(GuestTimeout(f"the command did not end within {self.config.timeout:g} s in the lab"))
 
@@ -212,7 +226,7 @@ class Lab:
             return outcome.status
         if outcome.error and not outcome.lost:
             raise GuestError(f"lab: {outcome.error}")
-        raise self._console.explain(self._qemu.status if self._qemu else None)
+        raise self._console.explain(self._qemu.last_words() if self._qemu else "")
 
 
 def run_in_lab(
