@@ -12,7 +12,7 @@ without a lock while another one moves a BAR.  A device serialises its own state
 from __future__ import annotations
 
 from _bisect import bisect_right  # not `bisect`: only its C half is needed
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

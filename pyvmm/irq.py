@@ -8,7 +8,7 @@ PICs' pins included.  It must not know what raises an interrupt or why.
 from __future__ import annotations
 
 import errno
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 from . import layout
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
         def set_gsi_routing(self, routes: list[Route], /) -> None: ...
         def irqfd(self, fd: int, gsi: int, assign: bool = True) -> None: ...
-        def irq_line(self, gsi: int, level: int, /) -> None: ...
+        def irq_line(self, gsi: int, level: bool, /) -> None: ...
 
 
 ROUTE_IRQCHIP, ROUTE_MSI = 1, 2  # KVM_IRQ_ROUTING_*
@@ -122,7 +122,7 @@ class InterruptRouter:
 
     def set_line(self, gsi: int, level: bool) -> None:
         """Set a pin that has a single source."""
-        self._vm.irq_line(gsi, int(level))
+        self._vm.irq_line(gsi, level)
 
     def set_source(self, gsi: int, source: IrqLine, level: bool) -> None:
         """Change one source's level and the pin's when that changes it (see `IrqLine.set`)."""
@@ -131,7 +131,7 @@ class InterruptRouter:
             before = bool(raised)
             (raised.add if level else raised.discard)(source)
             if bool(raised) != before:
-                self._vm.irq_line(gsi, int(level))
+                self._vm.irq_line(gsi, level)
 
     def _commit(self) -> None:
         self._vm.set_gsi_routing([*self._pins, *self._msi.values()])

@@ -10,7 +10,7 @@ then the host bridge's map lock, then a bus's lock.
 
 from __future__ import annotations
 
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 from ..record import Record
 from . import config as cfg

@@ -10,7 +10,7 @@ A BAR on top of another one is not decoded either until the other one leaves.
 
 from __future__ import annotations
 
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 from .. import layout, log
 from ..bus import Bus, BusConflict

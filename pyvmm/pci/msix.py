@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import select
 import struct
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 from .. import log
 

@@ -14,7 +14,7 @@ what the backend waits for: they take `_state_lock` only.  Order: driver, backen
 from __future__ import annotations
 
 import os
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 from .. import log
 from ..errors import ProtocolError

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
-from threading import Lock
+from _thread import allocate_lock as Lock
 
 from .. import log
 from ..bus import Bus

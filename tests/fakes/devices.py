@@ -41,9 +41,9 @@ class FakeVm:
             assert self.irqfds.pop(fd) == gsi
         self.log.append(f"{'assign' if assign else 'deassign'} {gsi}")
 
-    def irq_line(self, gsi: int, level: int) -> None:
-        self.lines[gsi] = level
-        self.log.append(f"line {gsi}={level}")
+    def irq_line(self, gsi: int, level: bool) -> None:
+        self.lines[gsi] = int(level)
+        self.log.append(f"line {gsi}={int(level)}")
 
     def ioeventfd(self, fd: int, address: int, *, assign: bool = True) -> None:
         self._permit("ioeventfd")
