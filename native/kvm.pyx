@@ -100,9 +100,11 @@ cdef class Kvm(Descriptor):
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
             raise unusable(path, error.errno) from error
-        if c.ioctl(self.fd, k.KVM_GET_API_VERSION, 0) != API_VERSION:
+        version = c.ioctl(self.fd, k.KVM_GET_API_VERSION, 0)
+        if version != API_VERSION:
+            number = errno if version < 0 else 0
             self.close()
-            raise unusable(path, 0)
+            raise unusable(path, number)
 
     @property
     def api_version(self):

@@ -7,7 +7,7 @@ no access is the caller's to judge.  KVM_RUN runs without the GIL.  Every method
 refuses raises `KvmError` with its errno.  Source: Linux Documentation/virt/kvm/api.rst.
 """
 
-from libc.errno cimport EAGAIN, EINTR, ENOMEM, errno
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -360,8 +360,8 @@ cdef k.kvm_msrs *_msr_table(uint32_t count) except NULL:
 
 
 cdef dict _merged(dict current, values):
-    """`current` with `values` put in, one level down too."""
+    """`current` with `values` put in, one level down too; KeyError for a name that it lacks."""
     for name, value in values.items():
         old = current[name]
-        current[name] = {**old, **value} if isinstance(old, dict) else value
+        current[name] = _merged(old, value) if isinstance(old, dict) else value
     return current
