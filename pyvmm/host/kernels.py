@@ -34,10 +34,12 @@ class Kernel(Record):
 
 def find_kernels() -> list[Kernel]:
     """All kernels, the default first: own before Debian's cached ones before /boot, newest first."""
-    found: list[Kernel] = []
-    for finder in (_own, _debian, _boot):
-        found += sorted(finder(), key=lambda kernel: version_key(kernel.release), reverse=True)
-    return found
+    own = sorted(_own(), key=lambda kernel: os.stat(kernel.path).st_mtime_ns, reverse=True)
+    return own + _newest_first(_debian()) + _newest_first(_boot())
+
+
+def _newest_first(kernels: Iterator[Kernel]) -> list[Kernel]:
+    return sorted(kernels, key=lambda kernel: version_key(kernel.release), reverse=True)
 
 
 def find_kernel(name: str | None = None) -> Kernel:
@@ -122,9 +124,9 @@ def fetch_kernel(progress: Progress | None = None) -> Kernel:
     A cached one needs no network and no package lists.  `progress` hears what takes long.
     Raises ConfigError.
     """
-    cached = sorted(_debian(), key=lambda kernel: version_key(kernel.release))
+    cached = _newest_first(_debian())
     if cached:
-        return cached[-1]
+        return cached[0]
     say = progress or log.info
     return _download_with_refresh(say)
 
