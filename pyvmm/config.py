@@ -16,6 +16,7 @@ from .record import Record
 MAX_CPUS = 32
 MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 512 * GIB
+PROTOCOLS = ("auto", "pvh", "linux64", "bzimage")
 
 
 class CpusConfig(Record):
@@ -42,10 +43,11 @@ class PayloadConfig(Record):
 
 
 class StreamConfig(Record):
-    """Where a console's bytes go: off, null, tty, pty, file (path) or socket (path)."""
+    """Where a console's bytes go: off, null, tty, pty, file (path), socket (path), or an open `fd`."""
 
     mode: str = "null"
     path: str = ""
+    fd: int = -1
 
 
 class GenericDevice(Record):
@@ -250,3 +252,21 @@ def stream(option: str, text: str) -> StreamConfig:
     if mode in _STREAM_PATHS and path:
         return StreamConfig(mode, options.dequote(path))
     raise ConfigError(f"{option}: {text!r}: off, null, tty, pty, file=PATH or socket=PATH is needed")
+
+
+def protocol(text: str) -> str:
+    """How a kernel is entered."""
+    if text not in PROTOCOLS:
+        raise ConfigError(f"--protocol: {text!r}: one of {', '.join(PROTOCOLS)} is needed")
+    return text
+
+
+def seconds(option: str, text: str) -> float:
+    """A positive number of seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{option}: {text!r}: a number of seconds above 0 is needed, such as 10 or 0.5")
+    return value

@@ -94,6 +94,8 @@ class ListeningStream(Stream):
 
 def open_stream(option: str, config: StreamConfig) -> Stream:
     """Open what `config` names; `option` is for messages.  Raises ConfigError."""
+    if config.mode == "fd":
+        return Stream(config.fd, config.fd)
     return _OPENERS[config.mode](option, config.path)
 
 

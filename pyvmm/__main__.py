@@ -1,0 +1,5 @@
+"""`python -m pyvmm` is the `pyvmm` program."""
+
+from .cli import main
+
+raise SystemExit(main())

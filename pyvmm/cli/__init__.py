@@ -1,0 +1,93 @@
+"""The `pyvmm` program: picks a subcommand, turns errors into one line and an exit status.
+
+It owns the table of subcommands, which are imported only when asked for.  What they do is
+theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from .. import log
+from ..errors import PyvmmError
+from .parse import HelpRequested
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+COMMANDS = {
+    "run": "run a command in a fresh guest that has this host's files",
+    "boot": "boot any kernel with any devices (cloud-hypervisor's options; the default)",
+    "lab": "run a command in an emulated machine that has a real KVM",
+    "doctor": "say what this host can do, and how to mend what it cannot",
+    "kernel": "list, fetch or build guest kernels",
+}
+USAGE = """usage: pyvmm COMMAND [options]        (pyvmm COMMAND --help says more)
+       pyvmm [boot options]
+
+A virtual machine monitor on KVM: every device is a vhost-user backend.
+
+commands:
+{commands}
+
+examples:
+  # this host's files, Debian's kernel, one command
+  pyvmm run -- uname -a
+  # a kernel, a disk and any vhost-user device
+  pyvmm --kernel vmlinux --disk path=image.raw --cmdline "console=hvc0 root=/dev/vda1 rw" \\
+        --generic-vhost-user "socket=/run/fs.sock,device_type=fs,queue_sizes=[512,512]"
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except HelpRequested as text:
+        return _print(str(text))
+    except PyvmmError as error:
+        log.warn(str(error))
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    first = words[0] if words else "--help"
+    if first in ("--help", "-h", "help"):
+        rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
+        return _print(USAGE.format(commands=rows))
+    if first in ("--version", "-V"):
+        return _print(f"pyvmm {_version()}\n")
+    if first in COMMANDS:
+        return _load(first)(words[1:])
+    if first.startswith("-"):
+        return _load("boot")(words)
+    from ..options import nearest
+
+    log.warn(f"unknown command {first!r}{nearest(first, COMMANDS)} (see pyvmm --help)")
+    return 2
+
+
+def _load(name: str) -> Callable[[Sequence[str]], int]:
+    module = __import__(f"pyvmm.cli.{name}", fromlist=["main"])
+    main: Callable[[Sequence[str]], int] = module.main
+    return main
+
+
+def _print(text: str) -> int:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    return 0
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("pyvmm")

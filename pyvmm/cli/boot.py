@@ -1,0 +1,126 @@
+"""`pyvmm boot`: full control over one machine, in cloud-hypervisor's options."""
+
+from __future__ import annotations
+
+import signal
+
+from .. import config, log
+from ..errors import ConfigError, GuestCrash
+from ..loop import EventLoop
+from ..vm import CRASH, STOPPED, Vm
+from .parse import Command, Option, parse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..record import Record
+    from .parse import Arguments
+
+COMMAND = Command(
+    "boot",
+    "Boot a kernel with the devices given, until the guest powers off.",
+    "[boot] --kernel FILE [options]",
+    (
+        Option("--kernel", "FILE", "vmlinux (ELF) or bzImage"),
+        Option("--initramfs", "FILE", "initial RAM file system"),
+        Option("--cmdline", "TEXT", "kernel command line"),
+        Option("--protocol", "NAME", "how to enter the kernel: auto (default), pvh, linux64 or bzimage"),
+        Option("--cpus", "boot=N", f"virtual CPUs, 1 to {config.MAX_CPUS} (default 1)"),
+        Option("--memory", "size=SIZE[,hugepages=on][,prefault=on]", "guest RAM (default 512M)"),
+        Option("--disk", "path=FILE[,readonly=on][,direct=on][,num_queues=N]", "raw or qcow2 image", True),
+        Option("--fs", "tag=TAG,dir=DIR[,readonly=on] or tag=TAG,socket=PATH", "directory over virtio-fs", True),
+        Option(
+            "--generic-vhost-user",
+            "socket=PATH,device_type=NAME|ID[,queue_sizes=[N,...]][,config=HEX|@FILE|[FIELD=V,...]]",
+            "any vhost-user backend; virtio_id= is the same as device_type=",
+            True,
+        ),
+        Option("--rng", "src=FILE", "virtio-rng with bytes from FILE (default /dev/urandom)", True),
+        Option("--console", "off|null|tty|pty|file=PATH|socket=PATH", "hvc0 (default tty)"),
+        Option("--serial", "off|null|tty|pty|file=PATH|socket=PATH", "ttyS0 (default null)"),
+        Option("--deadline", "SECONDS", "limit for each vhost-user request (default 10)"),
+        Option("--connect-timeout", "SECONDS", "how long to wait for a backend's socket (default 10)"),
+        Option("--force", "", "allow devices fewer queues than their drivers need"),
+        Option("--verbose", "", "say more; twice: everything", short="-v"),
+    ),
+    examples=(
+        (
+            "a disk image and this directory",
+            'pyvmm --kernel vmlinux --disk path=image.raw --fs tag=src,dir=. --cmdline "console=hvc0 root=/dev/vda rw"',
+        ),
+        (
+            "a backend that already listens",
+            "pyvmm --memory size=1G,shared=on --kernel vmlinux --cmdline console=hvc0 \\\n"
+            '      --generic-vhost-user "socket=/run/vfs.sock,virtio_id=26,queue_sizes=[512,512]"',
+        ),
+    ),
+    details="A guest that powers off ends with status 0, one that restarts with 0 too;\n"
+    "a crash of a virtual CPU with 126, a bad option with 2.",
+)
+DEVICES = (
+    ("disk", config.disk),
+    ("fs", config.fs),
+    ("generic_vhost_user", config.generic),
+    ("rng", config.rng),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Boot what `argv` describes; returns the exit status."""
+    given = parse(COMMAND, argv)
+    log.level += given.count("verbose")
+    return run(machine(given))
+
+
+def machine(given: Arguments) -> config.VmConfig:
+    """The configuration that the options describe; raises ConfigError."""
+    kernel = given.text("kernel")
+    if not kernel:
+        raise ConfigError("--kernel is missing: name a vmlinux or bzImage (see pyvmm boot --help)")
+    console = config.stream("--console", given.text("console", "tty"))
+    serial = config.stream("--serial", given.text("serial", "null"))
+    if console.mode == serial.mode == "tty":
+        raise ConfigError("--serial tty: the terminal is --console's; give --console off or another place")
+    return config.VmConfig(
+        payload=config.PayloadConfig(
+            kernel, given.text("cmdline"), given.text("initramfs"), config.protocol(given.text("protocol", "auto"))
+        ),
+        cpus=config.cpus(given.text("cpus")),
+        memory=config.memory(given.text("memory")),
+        serial=serial,
+        devices=tuple(_devices(given, console)),
+        deadline=config.seconds("--deadline", given.text("deadline", "10")),
+        connect_timeout=config.seconds("--connect-timeout", given.text("connect_timeout", "10")),
+    )
+
+
+def _devices(given: Arguments, console: config.StreamConfig) -> list[Record]:
+    devices: list[Record] = []
+    if console.mode != "off":
+        devices.append(config.ConsoleDevice(console))
+    for key, convert in DEVICES:
+        devices += [convert(text) for text in given.texts(key)]
+    if given.count("force"):
+        devices = [d.replace(force=True) if isinstance(d, config.GenericDevice) else d for d in devices]
+    return devices
+
+
+def run(machine: config.VmConfig) -> int:
+    """Build and run `machine` in the foreground; SIGTERM, SIGHUP and SIGINT end it."""
+    with EventLoop() as loop:
+        ended: list[int] = []
+
+        def end(number: int, _: object) -> None:
+            ended.append(number)
+            loop.stop()
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, end)
+        with Vm(machine, loop) as vm:
+            outcome = vm.run()
+    if outcome.kind == CRASH:
+        raise GuestCrash(outcome.report)
+    if outcome.kind == STOPPED and ended:
+        return 128 + ended[0]
+    return 0

@@ -1,0 +1,222 @@
+"""From device options to vhost-user backends: which kind, which queues, who serves it.
+
+It owns the conveniences (`--disk`, `--fs`, `--console`, `--rng` start a backend each) and
+the checks that need the table of kinds.  Every one of them ends as the same thing, a
+`Prepared` device that the generic frontend connects to; there is no second device model.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import config as cfg
+from . import options
+from .backend import process
+from .backend.endpoints import PortConfig
+from .errors import ConfigError
+from .host import backends
+from .streams import ListeningStream, open_stream
+from .vhost_user.endpoint import CallEndpoint
+from .vhost_user.frontend import Frontend
+from .virtio import kinds
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .backend.device import Device
+    from .loop import EventLoop
+    from .record import Record
+    from .streams import Stream
+    from .vhost_user.endpoint import Endpoint
+    from .vhost_user.memory import GuestRam
+    from .virtio.kinds import Kind
+
+MAX_ID = 0x3F  # 0x1040 + id must stay below 0x1080 (virtio 1.2, 4.1.2.1)
+FS_CONFIG_SIZE = 40  # tag and num_request_queues; what follows needs a feature nobody offers
+
+
+class Prepared:
+    """A device whose backend is known, or started already, and not yet connected to."""
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        queue_sizes: tuple[int, ...],
+        where: Endpoint | str | int,
+        *,
+        config: bytes | None = None,
+        backend: Any = None,
+        force: bool = False,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.queue_sizes = queue_sizes
+        self._where = where
+        self._config = config
+        self._backend = backend
+        self._force = force
+        self.stream: Stream | None = None
+
+    def connect(self, ram: GuestRam, loop: EventLoop, config: cfg.VmConfig) -> Frontend:
+        """The frontend, connected and negotiated; raises ConfigError."""
+        return Frontend(
+            self._where,
+            self.kind,
+            self.queue_sizes,
+            self._config,
+            ram,
+            loop,
+            config.deadline,
+            self.name,
+            connect_timeout=config.connect_timeout,
+            force=self._force,
+        )
+
+    def close(self) -> None:
+        """End the backend if it was started for this device."""
+        if self._backend is not None:
+            self._backend.close()
+        if self.stream is not None:
+            self.stream.close()
+
+
+def prepare(device: Record) -> Prepared:
+    """Check one device of a `VmConfig` and start its backend if it has none.  Raises ConfigError."""
+    return _MAKERS[type(device)](device)
+
+
+def find_kind(option: str, text: str) -> Kind:
+    """The kind for a number or a name; a number that nobody described gets a bare row."""
+    if not text.isascii() or not text.isdigit():
+        kind = kinds.by_name(text.lower())
+        if kind is None:
+            names = [kind.name for kind in kinds.KINDS]
+            raise ConfigError(f"{option}: unknown device type {text!r}{options.nearest(text, names)}")
+        return kind
+    number = int(text)
+    if not 1 <= number <= MAX_ID:
+        raise ConfigError(f"{option}: device type {number}: 1 to {MAX_ID} are possible")
+    return kinds.by_id(number) or kinds.Kind(number, f"virtio-{number}")
+
+
+def config_bytes(option: str, text: str, kind: Kind) -> bytes | None:
+    """`config=`: hexadecimal digits, `@FILE`, or `[field=value,...]` by the kind's layout."""
+    if not text:
+        return None
+    try:
+        if text.startswith("@"):
+            with open(text[1:], "rb") as file:
+                return file.read(4096)
+        if text.startswith("["):
+            return _config_fields(text[1:-1], kind)
+        return bytes.fromhex(text)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}: config={text}: {error}; hex digits, @FILE or [field=value,...]") from None
+
+
+def _config_fields(text: str, kind: Kind) -> bytes:
+    data = bytearray(kind.config_size)
+    places = {name: (offset, width) for name, offset, width in kind.fields()}
+    for item in options.split(text):
+        name, _, value = item.strip().partition("=")
+        if name not in places:
+            raise ValueError(f"{kind.name} has no field {name!r}{options.nearest(name, places)}")
+        offset, width = places[name]
+        data[offset : offset + width] = _field(options.dequote(value), name, width)
+    return bytes(data)
+
+
+def _field(value: str, name: str, width: int) -> bytes:
+    if width in (1, 2, 4, 8):
+        try:
+            return int(value, 0).to_bytes(width, "little")
+        except (ValueError, OverflowError):
+            raise ValueError(f"{name}={value} is no number of {width} bytes") from None
+    raw = bytes.fromhex(value.replace(":", "")) if name == "mac" else value.encode()
+    if len(raw) > width:
+        raise ValueError(f"{name}={value} is longer than {width} bytes")
+    return raw.ljust(width, b"\0")
+
+
+# -- one maker for each option -----------------------------------------------------------
+
+
+def _generic(device: cfg.GenericDevice) -> Prepared:
+    option = "--generic-vhost-user"
+    kind = find_kind(option, device.device_type)
+    if kind.refused:
+        raise ConfigError(f"{option}: {kind.name} is impossible: {kind.refused}")
+    sizes = device.queue_sizes or (256,) * kind.usual_queues
+    fault = kind.queue_fault(len(sizes))
+    if fault and not device.force:
+        raise ConfigError(f"{option}: {fault}; give that many queue_sizes=, or --force if you know the driver")
+    where = device.socket if device.fd < 0 else device.fd
+    config = config_bytes(option, device.config, kind)
+    return Prepared(device.id or kind.name, kind, sizes, where, config=config, force=device.force)
+
+
+def _fs(device: cfg.FsDevice) -> Prepared:
+    kind = _kind("fs")
+    tag = device.tag.encode()
+    config = tag.ljust(36, b"\0") + device.num_queues.to_bytes(4, "little")
+    sizes = (device.queue_size,) * (1 + device.num_queues)  # the first is the high-priority queue
+    backend = None if device.socket else backends.start_virtiofsd(device)
+    where = backend.endpoint if backend else device.socket
+    return Prepared(device.id or f"fs {device.tag}", kind, sizes, where, config=config, backend=backend)
+
+
+def _disk(device: cfg.DiskDevice) -> Prepared:
+    backend = backends.start_disk(device)
+    sizes = (device.queue_size,) * device.num_queues
+    return Prepared(device.id or f"disk {device.path}", _kind("block"), sizes, backend.endpoint, backend=backend)
+
+
+def _rng(device: cfg.RngDevice) -> Prepared:
+    def make() -> Device:
+        from .backend.rng import Rng
+
+        return Rng(device.src)
+
+    if not os.access(device.src, os.R_OK):
+        raise ConfigError(f"--rng: src={device.src}: cannot be read; name a readable file or device")
+    return _python(device.id or "rng", "rng", (256,), process.spawn(make, name="rng"))
+
+
+def _console(device: cfg.ConsoleDevice) -> Prepared:
+    stream = open_stream("--console", device.stream)
+    try:
+        listener = stream.listener.fileno() if isinstance(stream, ListeningStream) else -1
+        ports = [PortConfig("", True, stream.input_fd, stream.output_fd, listener)]
+        ports += [PortConfig(port.name, False, port.fd, port.fd) for port in device.ports]
+        backend = process.spawn_console(ports)
+    except BaseException:
+        stream.close()
+        raise
+    queues = (128,) * (2 * len(ports) + 2)
+    prepared = _python(device.id or "console", "console", queues, backend)
+    prepared.stream = stream
+    return prepared
+
+
+def _python(name: str, kind: str, queue_sizes: tuple[int, ...], backend: process.DeviceProcess) -> Prepared:
+    """A device of ours in a process of its own, which is connected already."""
+    where = CallEndpoint(name, lambda _: backend.take_socket())
+    return Prepared(name, _kind(kind), queue_sizes, where, backend=backend)
+
+
+def _kind(name: str) -> Kind:
+    kind = kinds.by_name(name)
+    assert kind is not None
+    return kind
+
+
+_MAKERS: dict[type, Callable[[Any], Prepared]] = {
+    cfg.GenericDevice: _generic,
+    cfg.FsDevice: _fs,
+    cfg.DiskDevice: _disk,
+    cfg.RngDevice: _rng,
+    cfg.ConsoleDevice: _console,
+}

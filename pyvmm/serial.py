@@ -1,0 +1,99 @@
+"""The serial port's two sides joined: the 16550 in the guest, a stream on the host.
+
+It owns the way of the bytes between them and copies what the guest writes to listeners
+(the crash and panic messages are found there).  It knows neither registers, which are the
+UART's, nor how streams are opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from .legacy.uart import Uart
+from .streams import ListeningStream, open_stream
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .config import StreamConfig
+    from .loop import EventLoop
+
+CHUNK = 4096
+
+
+class SerialPort:
+    """COM1.  `set_irq(level)` drives its interrupt; `option` is for messages.
+
+    `listeners` are called with what the guest writes, on the thread of the virtual CPU.
+    """
+
+    SIZE = 8
+
+    def __init__(
+        self, option: str, config: StreamConfig, set_irq: Callable[[bool], None], loop: EventLoop
+    ) -> None:
+        self.listeners: list[Callable[[bytes], None]] = []
+        self._loop = loop
+        self._stream = open_stream(option, config)
+        self.uart = Uart(self._output, set_irq)
+        if isinstance(self._stream, ListeningStream):
+            loop.add_reader(self._stream.listener.fileno(), self._accept)
+        self._watch()
+
+    def close(self) -> None:
+        """Stop reading and close the stream."""
+        self._unwatch()
+        if isinstance(self._stream, ListeningStream):
+            self._loop.remove_reader(self._stream.listener.fileno())
+        self._stream.close()
+
+    def _watch(self) -> None:
+        if self._stream.input_fd >= 0:
+            try:
+                self._loop.add_reader(self._stream.input_fd, self._input)
+            except PermissionError:
+                return  # a regular file or /dev/null as terminal: there is no input to wait for
+
+    def _unwatch(self) -> None:
+        if self._stream.input_fd >= 0:
+            self._loop.remove_reader(self._stream.input_fd)
+
+    def _accept(self) -> None:
+        self._unwatch()
+        assert isinstance(self._stream, ListeningStream)
+        self._stream.accept()
+        self._watch()
+
+    def _input(self) -> None:
+        try:
+            data = os.read(self._stream.input_fd, CHUNK)
+        except OSError:
+            data = b""
+        if data:
+            self.uart.feed(data)
+        else:
+            self._unwatch()
+            if isinstance(self._stream, ListeningStream):
+                self._stream.drop()
+
+    def _output(self, data: bytes) -> None:
+        for listener in self.listeners:
+            listener(data)
+        fd = self._stream.output_fd
+        if fd >= 0:
+            _write_all(fd, data)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    """Write `data`; what the reader will not take any more is lost, as on a real line."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.ECONNRESET):
+                raise
+            return

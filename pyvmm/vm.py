@@ -1,0 +1,213 @@
+"""A virtual machine: everything is created here, passed on, and closed here.
+
+`build` wires memory, KVM, buses, devices, tables, kernel and virtual CPUs together in the
+order that keeps start-up short: backends start first and come up while the kernel is read.
+`Vm.run` runs it until the guest ends it, fails, or `stop` is called.  What a device does is
+its backend's business, what an access means is the bus devices'; this module only connects.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from . import devices, layout, log
+from .acpi.tables import build_tables
+from .boot import cpu, cpuid, load
+from .bus import Bus
+from .errors import ConfigError, GuestCrash
+from .irq import InterruptRouter
+from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
+from .pci.host import PciHost
+from .record import Record
+from .serial import SerialPort
+from .vcpus import Exits, VcpuThreads
+from .vhost_user.memory import GuestRam
+from .virtio.pci import VirtioPciFunction
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Any, Self
+
+    from ._native import kvm as native
+    from ._native.memory import GuestRegion
+    from ._native.vcpu import Vcpu
+    from .config import MemoryConfig, VmConfig
+    from .loop import EventLoop
+
+OFF, RESET, CRASH, STOPPED = "off", "reset", "crash", "stopped"
+REASON_SHUTDOWN = 8  # KVM_EXIT_SHUTDOWN: a triple fault
+
+
+class Outcome(Record):
+    """How a run ended: the guest powered off, asked for a restart, crashed, or was stopped."""
+
+    kind: str
+    report: str = ""
+
+
+class Vm:
+    """A machine as `config` describes it, ready to run in the thread of `loop`.
+
+    Creating one starts its backends; `close` (or leaving the `with` block) ends all that it
+    started.  Raises ConfigError for what the user can mend and KvmError for what KVM refuses.
+    """
+
+    def __init__(self, config: VmConfig, loop: EventLoop) -> None:
+        self.config = config
+        self.loop = loop
+        self.outcome: Outcome | None = None
+        self._owned = ExitStack()
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    # -- life ------------------------------------------------------------------------------
+    def run(self) -> Outcome:
+        """Start the virtual CPUs and serve events until the machine ends."""
+        self.threads.start()
+        try:
+            self.loop.run()
+        finally:
+            stopped = self.threads.stop()
+        if not stopped:
+            log.warn("a virtual CPU did not stop in time; its thread is left behind")
+        return self.outcome or Outcome(STOPPED)
+
+    def stop(self) -> None:
+        """End the run as if the machine's plug were pulled; from any thread or signal handler."""
+        self._end(Outcome(STOPPED))
+
+    def close(self) -> None:
+        """Release everything in reverse order of creation; harmless when repeated."""
+        self._owned.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- construction ----------------------------------------------------------------------
+    def _build(self) -> None:
+        config = self.config
+        prepared = [self._own(devices.prepare(device)) for device in config.devices]
+        self.ranges = layout.ram_ranges(config.memory.size)
+        self.ram = self._own(_allocate(config.memory))
+        self.vm = self._create_vm()
+        self.mmio, self.pio = Bus("memory"), Bus("ports")
+        self.router = InterruptRouter(self.vm)
+        self.serial = self._add_serial()
+        self._add_power()
+        self.boot = self._load_payload()
+        self.pci = self._add_pci(prepared)
+        self._write_tables()
+        vcpus = self._create_vcpus()
+        self.threads = VcpuThreads(vcpus, Exits(self.mmio, self.pio), self._vcpu_ended)
+
+    def _own(self, thing: Any) -> Any:
+        self._owned.callback(thing.close)
+        return thing
+
+    def _create_vm(self) -> native.Vm:
+        kvm_module = _native_kvm()
+        self.kvm = self._own(kvm_module.Kvm())
+        vm: native.Vm = self._own(self.kvm.create_vm())
+        vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+        vm.set_tss_addr(layout.KVM_TSS)
+        vm.create_irqchip()
+        for slot, piece in enumerate(self.ranges):
+            vm.set_memory_region(slot, piece.address, piece.size, self.ram.address + piece.offset)
+        return vm
+
+    def _add_serial(self) -> SerialPort | None:
+        if self.config.serial.mode == "off":
+            return None
+        line = self.router.line(layout.IRQ_COM1)
+        port: SerialPort = self._own(SerialPort("--serial", self.config.serial, line.set, self.loop))
+        self.pio.insert(layout.PORT_COM1, port.SIZE, port.uart, "serial port")
+        return port
+
+    def _add_power(self) -> None:
+        sleep = SleepRegisters(lambda: self._end(Outcome(OFF)))
+        reset = ResetRegister(lambda: self._end(Outcome(RESET)))
+        i8042 = I8042Reset(lambda: self._end(Outcome(RESET)))
+        self.pio.insert(layout.PORT_SLEEP, sleep.SIZE, sleep, "ACPI sleep registers")
+        self.pio.insert(layout.PORT_RESET, reset.SIZE, reset, "ACPI reset register")
+        self.pio.insert(PORT_I8042, i8042.SIZE, i8042, "i8042")
+
+    def _load_payload(self) -> cpu.BootState:
+        with memoryview(self.ram) as view:
+            return load.load(self.config.payload, view, self.ranges, layout.ACPI_TABLES)
+
+    def _add_pci(self, prepared: Sequence[devices.Prepared]) -> PciHost:
+        host: PciHost = self._own(PciHost(self.mmio, self.router, layout.mmio64_base(self.ram.size)))
+        self.pio.insert(layout.PORT_PCI_ADDRESS, 8, host.ports, "PCI configuration ports")
+        ram = GuestRam(self.ram.fd, self.ranges)
+        for device in prepared:
+            frontend = device.connect(ram, self.loop, self.config)
+            try:
+                function = VirtioPciFunction(
+                    frontend, ram=self.ranges, router=self.router, doorbells=self.vm, loop=self.loop
+                )
+            except BaseException:
+                frontend.close()
+                raise
+            host.add(function)
+            frontend.start_watching()
+        return host
+
+    def _write_tables(self) -> None:
+        windows = [(window.base, window.size) for window in (self.pci.window32, self.pci.window64)]
+        tables = build_tables(self.config.cpus.boot, self.serial is not None, *windows)
+        with memoryview(self.ram) as view:
+            view[layout.ACPI_TABLES : layout.ACPI_TABLES + len(tables)] = tables
+
+    def _create_vcpus(self) -> list[Vcpu]:
+        count = self.config.cpus.boot
+        leaves = self.kvm.supported_cpuid()
+        vcpus: list[Vcpu] = [self._own(self.vm.create_vcpu(index)) for index in range(count)]
+        topology = cpuid.Topology(cores=count)
+        deadline_timer = bool(self.vm.check_extension(_native_kvm().KVM_CAP_TSC_DEADLINE_TIMER))
+        for vcpu in vcpus:
+            vcpu.set_cpuid(
+                cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer)
+            )
+            vcpu.set_msrs(cpu.boot_msrs())
+            vcpu.set_fpu_default()
+        vcpus[0].set_sregs(cpu.boot_sregs(self.boot, vcpus[0].get_sregs()))
+        vcpus[0].set_regs(cpu.boot_regs(self.boot))
+        return vcpus
+
+    # -- the end ---------------------------------------------------------------------------
+    def _end(self, outcome: Outcome) -> None:
+        """Keep the first reason; called on virtual CPU threads too."""
+        if self.outcome is None:
+            self.outcome = outcome
+        self.loop.stop()
+
+    def _vcpu_ended(self, index: int, ended: tuple[int, dict[str, Any]] | BaseException) -> None:
+        """A virtual CPU left its loop without being asked; called in its thread."""
+        if isinstance(ended, BaseException):
+            self._failure = ended
+            self._end(Outcome(CRASH, f"virtual CPU {index}: {type(ended).__name__}: {ended}"))
+            return
+        reason, details = ended
+        self._end(Outcome(CRASH, f"virtual CPU {index}: {reason} {details}"))
+
+
+def _native_kvm() -> Any:
+    from ._native import kvm
+
+    return kvm
+
+
+def _allocate(memory: MemoryConfig) -> GuestRegion:
+    from ._native.memory import GuestRegion
+
+    return GuestRegion(memory.size, hugepages=memory.hugepages, prefault=memory.prefault)
