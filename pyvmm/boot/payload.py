@@ -22,10 +22,12 @@ from ..errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from typing import Protocol
 
     from .bzimage import BzImage
+
+    _Method = Callable[[memoryview], Iterator[bytes]]
 
     class _Engine(Protocol):
         """The part of their interface that all decompressor objects share."""
@@ -50,11 +52,7 @@ def unpack(data: memoryview) -> Iterator[bytes]:
     All formats but gzip, which has it already, are followed by the unpacked size in four
     bytes (size_append in scripts/Makefile.lib); decompressors must not see those.
     """
-    found = [row for row in _FORMATS if data[: len(row[0])] == row[0]]
-    if not found:
-        start = bytes(data[:4]).hex(" ")
-        raise ConfigError(f"its payload begins with {start}, which is no compression that is known here")
-    _, name, method = found[0]
+    name, method = _format(data)
     body = data if method is _gzip else data[:-4]
     try:
         yield from method(body)
@@ -79,8 +77,6 @@ def open_vmlinux(fd: int, image: BzImage, path: str, directory: str | None = Non
     cached = _open_cached(entry, size)
     if cached is not None:
         return cached, entry
-    if not 0 < size <= MAX_UNPACKED:
-        raise ConfigError(f"kernel {path}: claims to unpack to {size} bytes; is the file complete?")
     log.info(f"unpacking {path}")
     target, temporary = _create(where)
     try:
@@ -100,17 +96,27 @@ def _unpack_into(target: int, fd: int, image: BzImage, path: str, size: int) -> 
     done = 0
     data = memoryview(os.pread(fd, image.payload_size, image.payload_offset))
     try:
+        name, _ = _format(data)
+        if not 0 < size <= MAX_UNPACKED:
+            raise ConfigError(f"its {name} payload claims to unpack to {size} bytes; is the file complete?")
         for piece in unpack(data):
             done += len(piece)
             if done > size:
                 break
             _write_all(target, piece)
+        if done != size:
+            raise ConfigError(f"its {name} payload does not unpack to {size} bytes; is the file complete?")
     except ConfigError as error:
         raise ConfigError(f"kernel {path}: {error}") from error.__cause__
-    if done != size:
-        raise ConfigError(
-            f"kernel {path}: its payload does not unpack to the {size} bytes it claims; is it complete?"
-        )
+
+
+def _format(data: memoryview) -> tuple[str, _Method]:
+    """Name and decompressor of a payload by its first bytes."""
+    for magic, name, method in _FORMATS:
+        if data[: len(magic)] == magic:
+            return name, method
+    start = bytes(data[:4]).hex(" ")
+    raise ConfigError(f"its payload begins with {start}, which is no compression that is known here")
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -233,7 +239,7 @@ def _stream(engine: _Engine, data: memoryview) -> Iterator[bytes]:
 
 
 _LZ4_MAGIC = 0x184C_2102
-_FORMATS: tuple[tuple[bytes, str, Callable[[memoryview], Iterable[bytes]]], ...] = (
+_FORMATS: tuple[tuple[bytes, str, _Method], ...] = (
     (b"\x1f\x8b", "gzip", _gzip),
     (b"\xfd7zXZ\x00", "xz", _xz),
     (b"\x5d\x00\x00", "lzma", _lzma),
