@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 
     from ..irq import InterruptRouter
     from ..layout import RamRange
-    from ..loop import EventLoop
     from .device import Backend
+
+    class Readers(Protocol):
+        """What is used of the event loop."""
+
+        def add_reader(self, fd: int, callback: Callable[[], None]) -> None: ...
+        def remove_reader(self, fd: int) -> None: ...
 
     class Doorbells(Protocol):
         """What is used of the native Vm: guest stores at `address` signal the eventfd `fd`."""
@@ -68,7 +73,7 @@ class VirtioPciFunction(PciFunction):
         ram: Sequence[RamRange],
         router: InterruptRouter,
         doorbells: Doorbells,
-        loop: EventLoop,
+        loop: Readers,
     ) -> None:
         _check(backend)
         super().__init__(backend.name, _identity(backend.device_id))
@@ -201,7 +206,7 @@ class VirtioPciFunction(PciFunction):
 class VirtioInterrupts:
     """From queues and configuration changes to MSI-X or INTx; as a bus device, the ISR register."""
 
-    def __init__(self, function: PciFunction, router: InterruptRouter, loop: EventLoop, vectors: int) -> None:
+    def __init__(self, function: PciFunction, router: InterruptRouter, loop: Readers, vectors: int) -> None:
         self.msix = MsixTable(router, vectors, function.name)
         self.common: CommonConfig
         self._function = function

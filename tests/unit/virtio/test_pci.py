@@ -6,52 +6,23 @@ import os
 from itertools import pairwise
 
 import pytest
-from fakes.devices import FakeBackend, FakeLoop, FakeVm
-from fakes.driver import ConfigAccess, VirtioDriver
+from fakes.devices import FakeBackend
+from fakes.pci_machine import PciMachine
 
-from pyvmm import layout
-from pyvmm.bus import Bus
 from pyvmm.errors import BackendLost, ConfigError
-from pyvmm.irq import InterruptRouter
-from pyvmm.layout import RamRange
 from pyvmm.pci import config as cfg
-from pyvmm.pci.host import PciHost, intx_gsi
+from pyvmm.pci.host import intx_gsi
 from pyvmm.virtio import spec
-from pyvmm.virtio.pci import NOTIFY, VirtioPciFunction
-
-RAM = (RamRange(0, 1 << 30, 0),)
-MMIO64 = 4 << 30
-
-
-class Machine:
-    """Buses, host bridge and functions around fakes."""
-
-    def __init__(self) -> None:
-        self.vm = FakeVm()
-        self.loop = FakeLoop()
-        self.mmio, self.ports = Bus("mmio"), Bus("io")
-        self.router = InterruptRouter(self.vm)
-        self.host = PciHost(self.mmio, self.router, MMIO64)
-        self.ports.insert(layout.PORT_PCI_ADDRESS, 8, self.host.ports, "PCI")
-
-    def add(self, backend: FakeBackend) -> VirtioPciFunction:
-        function = VirtioPciFunction(backend, ram=RAM, router=self.router, doorbells=self.vm, loop=self.loop)
-        self.slot, _ = self.host.add(function)
-        return function
-
-    def driver(self, through_ports: bool = False) -> VirtioDriver:
-        ports = self.ports if through_ports else None
-        return VirtioDriver(self.mmio, ConfigAccess(self.mmio, self.slot, ports=ports))
+from pyvmm.virtio.pci import NOTIFY
 
 
 @pytest.fixture
 def machine():
     before = len(os.listdir("/proc/self/fd"))
-    machine = Machine()
+    machine = PciMachine()
     yield machine
-    machine.host.close()
+    machine.close()
     assert len(os.listdir("/proc/self/fd")) == before
-    assert not machine.vm.irqfds and not machine.vm.doorbells and not machine.loop.readers
 
 
 @pytest.fixture
