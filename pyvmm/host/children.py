@@ -10,12 +10,11 @@ import os
 import select
 import signal
 
-from .._native.process import set_parent_death_signal
 from ..errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _GRACE_MS = 2000
 _TAIL = 4096
@@ -71,11 +70,19 @@ class Child:
 
 def _start(argv: Sequence[str], keep: Sequence[int], output: int) -> int:
     """Fork and exec; returns the process id once the program runs."""
+    from .._native.process import set_parent_death_signal
+
     reader, writer = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
+
+    def die_with_parent() -> None:
+        set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
     pid = os.fork()
     if pid == 0:
-        _become(argv, keep, output, writer, parent)
+        _become(argv, keep, output, writer, die_with_parent)
     os.close(writer)
     with open(reader, "rb") as pipe:
         failure = pipe.read()
@@ -85,13 +92,13 @@ def _start(argv: Sequence[str], keep: Sequence[int], output: int) -> int:
     return pid
 
 
-def _become(argv: Sequence[str], keep: Sequence[int], output: int, failure: int, parent: int) -> None:
+def _become(
+    argv: Sequence[str], keep: Sequence[int], output: int, failure: int, prepare: Callable[[], None]
+) -> None:
     """In the child: turn into the program.  Never returns."""
     try:
         os.setsid()
-        set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        prepare()
         _arrange_descriptors(keep, output)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
