@@ -13,19 +13,20 @@ a non-zero ack, and the connection lives.
 from __future__ import annotations
 
 import os
-import socket
+from _socket import socket
 
 from .. import log
 from ..errors import BackendLost, RemoteProtocolError
-from ..vhost_user.codec import Decoder, encode_ack, encode_reply, encode_request
+from ..vhost_user.channel import Channel
+from ..vhost_user.codec import encode_request
 from ..vhost_user.messages import (
     BACKEND_REQUESTS,
     F_PROTOCOL_FEATURES,
     FRONTEND_REQUESTS,
-    MAX_FDS,
     ProtocolFeature,
 )
 from ..vhost_user.payloads import U64, Config, Empty, VringState
+from ..vhost_user.session import Negotiation, Responder
 from .memory import MAX_SLOTS, MemoryTable
 from .queue import Queue, close_fd
 
@@ -61,24 +62,21 @@ class Refused(Exception):
 class Connection:
     """Serves `device` to the frontend behind `sock` until either end closes."""
 
-    def __init__(
-        self, device: Device, sock: socket.socket, loop: DeviceLoop, on_end: Callable[[str], None]
-    ) -> None:
+    def __init__(self, device: Device, sock: socket, loop: DeviceLoop, on_end: Callable[[str], None]) -> None:
         self.device = device
         self.loop = loop
         self.queues = tuple(Queue(index, size) for index, size in enumerate(device.queue_sizes))
-        self.offered = device.features | TRANSPORT_FEATURES
-        self.features = 0
-        self.protocol_features = 0
+        lacking = 0 if len(device.config) else ProtocolFeature.CONFIG
+        self.agreed = Negotiation(device.features | TRANSPORT_FEATURES, PROTOCOL_FEATURES & ~lacking)
         self._on_end = on_end
-        self._sock = sock
+        self._channel = Channel(sock)
         self._memory = MemoryTable()
-        self._decoder = Decoder(FRONTEND_REQUESTS, os.close)
-        self._backend_channel: socket.socket | None = None
+        self._responder = Responder(FRONTEND_REQUESTS, self.agreed, os.close)
+        self._backend_channel: Channel | None = None
         self._polled: set[Queue] = set()
         self.closed = False
         device.connection = self
-        loop.add_reader(sock.fileno(), self._on_readable)
+        loop.add_reader(self._channel.fileno(), self._on_readable)
         device.on_connect()
 
     def close(self) -> None:
@@ -89,9 +87,9 @@ class Connection:
         self._stop_all()
         self.device.on_disconnect()
         self.device.connection = None
-        self.loop.remove_reader(self._sock.fileno())
-        self._sock.close()
-        self._decoder.close()
+        self.loop.remove_reader(self._channel.fileno())
+        self._channel.close()
+        self._responder.decoder.close()
         for queue in self.queues:
             queue.forget()
         self._memory.clear()
@@ -101,80 +99,47 @@ class Connection:
     def send_config_change(self) -> None:
         """CONFIG_CHANGE_MSG, when the frontend listens for it."""
         row = BACKEND_REQUESTS.by_name["CONFIG_CHANGE_MSG"]
-        if self._backend_channel is None or row.needs & ~self.protocol_features:
+        if self._backend_channel is None or not self.agreed.has(row.needs):
             return
         try:
-            self._backend_channel.send(
-                encode_request(row, Empty()), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-            )
-        except OSError:
+            self._backend_channel.send(encode_request(row, Empty()))
+        except BackendLost:
             return  # full of unread notifications, which say the same, or the frontend is gone
 
     # -- messages --------------------------------------------------------------------------
 
     def _on_readable(self) -> None:
+        decoder = self._responder.decoder
         try:
             for _ in range(MESSAGES_A_TURN):
-                message = self._receive()
-                if message is None or self.closed:
+                message = self._channel.receive_now(decoder)
+                if message is None:
                     return
                 self._handle(message)
         except RemoteProtocolError as error:
+            # a frontend may go at any time between messages: nothing to report
+            silent = isinstance(error, BackendLost) and decoder.idle
             self.close()
-            self._on_end(str(error))
-
-    def _receive(self) -> Message | None:
-        """The next whole message, or None when there is no more to read now."""
-        while True:
-            try:
-                data, fds, flags, _ = socket.recv_fds(
-                    self._sock,
-                    self._decoder.needed(),
-                    MAX_FDS,
-                    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
-                )
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                raise BackendLost(f"the connection broke: {error.strerror}") from None
-            if not data:
-                raise BackendLost("" if self._decoder.idle else "the frontend closed within a message")
-            message = self._decoder.feed(data, fds)
-            if flags & socket.MSG_CTRUNC:
-                raise RemoteProtocolError("more descriptors arrived than can be received")
-            if message is not None:
-                return message
+            self._on_end("" if silent else str(error))
 
     def _handle(self, message: Message) -> None:
         try:
-            self._check(message)
-            try:
-                reply = HANDLERS[message.request.id](self, message.payload, message)
-            except Refused as refusal:
-                log.once(message.request.name, f"{message.request.name} refused: {refusal}")
-                self._answer(message, None, 1)
-            else:
-                self._answer(message, reply, 0)
+            self._responder.received(message)
+            handler = HANDLERS.get(message.request.id)
+            if handler is None:
+                raise RemoteProtocolError(f"{message.request.name} is not served")
+            self._channel.send(self._outcome(handler, message))
         finally:
             message.close()
 
-    def _check(self, message: Message) -> None:
-        """Raise RemoteProtocolError unless the request was negotiated."""
-        row = message.request
-        if row.id not in HANDLERS or row.needs & ~self.protocol_features or row.acked & ~self.features:
-            raise RemoteProtocolError(f"{row.name} was not negotiated")
-
-    def _answer(self, message: Message, reply: Payload | None, status: int) -> None:
-        if reply is not None:
-            data = encode_reply(message.request, reply)
-        elif message.need_reply and self.protocol_features & ProtocolFeature.REPLY_ACK:
-            data = encode_ack(message.request, status)
-        else:
-            return
+    def _outcome(self, handler: Callable[..., Payload | None], message: Message) -> bytes:
+        """Do what the message asks for; the answer's bytes, if one is due."""
         try:
-            self._sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        except OSError as error:
-            raise BackendLost(f"the frontend does not read its replies: {error.strerror}") from None
+            reply = handler(self, message.payload, message)
+        except Refused as refusal:
+            log.once(message.request.name, f"{message.request.name} refused: {refusal}")
+            return self._responder.ack(1)
+        return self._responder.ack() if reply is None else self._responder.reply(reply)
 
     def _queue(self, index: int) -> Queue:
         if index >= len(self.queues):
@@ -184,14 +149,10 @@ class Connection:
     # -- requests: one method a row, by its name -----------------------------------------
 
     def get_features(self, payload: Empty, message: Message) -> Payload:
-        return U64(self.offered)
+        return U64(self.agreed.virtio_offered or 0)
 
     def set_features(self, payload: U64, message: Message) -> None:
-        features = payload.value
-        if features & ~self.offered:
-            raise RemoteProtocolError(f"SET_FEATURES with bits never offered: {features & ~self.offered:#x}")
-        self.features = features
-        self.device.driver_features = features & ~F_PROTOCOL_FEATURES
+        self.device.driver_features = payload.value & ~F_PROTOCOL_FEATURES
         self.device.on_features(self.device.driver_features)
 
     def set_owner(self, payload: Empty, message: Message) -> None:
@@ -203,18 +164,14 @@ class Connection:
 
     def reset_device(self, payload: Empty, message: Message) -> None:
         self._stop_all()
-        self.device.driver_features = self.features = 0
+        self.device.driver_features = self.agreed.virtio_acked = 0
         self.device.on_reset()
 
     def get_protocol_features(self, payload: Empty, message: Message) -> Payload:
-        lacking = 0 if len(self.device.config) else ProtocolFeature.CONFIG
-        return U64(PROTOCOL_FEATURES & ~lacking)
+        return U64(self.agreed.protocol_offered or 0)
 
     def set_protocol_features(self, payload: U64, message: Message) -> None:
-        features = payload.value
-        if features & ~PROTOCOL_FEATURES:
-            raise RemoteProtocolError(f"SET_PROTOCOL_FEATURES with bits never offered: {features:#x}")
-        self.protocol_features = features
+        """The negotiation has kept them already."""
 
     def get_queue_num(self, payload: Empty, message: Message) -> Payload:
         return U64(len(self.queues))
@@ -222,7 +179,7 @@ class Connection:
     def set_backend_req_fd(self, payload: Empty, message: Message) -> None:
         if self._backend_channel is not None:
             self._backend_channel.close()
-        self._backend_channel = socket_of(message.take_fds()[0])
+        self._backend_channel = channel_of(message.take_fds()[0])
 
     # -- memory
 
@@ -279,7 +236,7 @@ class Connection:
         self._unwatch(queue)
         queue.set_kick(taken_fd(message))
         queue.kicked = True
-        if not self.features & F_PROTOCOL_FEATURES:
+        if not self.agreed.virtio_acked & F_PROTOCOL_FEATURES:
             queue.enabled = True  # without the feature there is no SET_VRING_ENABLE to wait for
         self._start(queue)
 
@@ -304,8 +261,8 @@ class Connection:
             try:
                 queue.start(
                     self._memory.memory,
-                    event_idx=bool(self.features & F_EVENT_IDX),
-                    indirect=bool(self.features & F_INDIRECT_DESC),
+                    event_idx=bool(self.agreed.virtio_acked & F_EVENT_IDX),
+                    indirect=bool(self.agreed.virtio_acked & F_INDIRECT_DESC),
                 )
             except ValueError as error:
                 raise Refused(f"virtqueue {queue.index}: {error}") from None
@@ -315,7 +272,9 @@ class Connection:
 
     def _stop(self, queue: Queue) -> int:
         if queue.ring is not None and queue.ring.running:
+            queue.ending = True
             self.device.on_stop(queue)
+            queue.ending = False
             queue.notify()
         self._unwatch(queue)
         return queue.stop()
@@ -392,10 +351,10 @@ def taken_fd(message: Message) -> int:
     return fds[0] if fds else -1
 
 
-def socket_of(fd: int) -> socket.socket:
-    """The socket behind a received descriptor."""
+def channel_of(fd: int) -> Channel:
+    """The channel over a received descriptor."""
     try:
-        return socket.socket(fileno=fd)
+        return Channel(socket(fileno=fd))
     except OSError as error:
         close_fd(fd)
         raise RemoteProtocolError(f"SET_BACKEND_REQ_FD without a socket: {error.strerror}") from None

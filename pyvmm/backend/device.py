@@ -67,7 +67,8 @@ class Device:
         raise TypeError(f"{type(self).__name__} has no on_queue")
 
     def on_stop(self, queue: Queue) -> None:
-        """`queue` is about to end: last chance to push, or to `rewind`, the chains in hand."""
+        """`queue` is about to end: last chance to push, or to `rewind`, the chains in hand,
+        and to take what is still available, although the queue may be disabled already."""
 
     def on_reset(self) -> None:
         """The frontend reset the whole device (RESET_DEVICE); all queues are stopped."""

@@ -40,6 +40,7 @@ class Queue:
         self.addresses: tuple[int, int, int] | None = None
         self.ring: VRing | None = None
         self.enabled = False
+        self.ending = False  # within `Device.on_stop`, where the rest can be taken though disabled
         self.kicked = False  # whether SET_VRING_KICK came: a queue may go without the descriptor
         self.again = False
         self._kept: set[int] = set()
@@ -67,7 +68,7 @@ class Queue:
         """Take the next available chain, which the caller pushes sooner or later; None when
         there is none, and then the driver's next one calls `on_queue`."""
         ring = self.ring
-        if ring is None or not self.enabled:
+        if ring is None or not (self.enabled or self.ending):
             return None
         try:
             chain = ring.pop()

@@ -7,7 +7,7 @@ frontend after one has gone.  It must not know messages or devices' insides.
 from __future__ import annotations
 
 import os
-import socket
+from _socket import AF_UNIX, SO_ACCEPTCONN, SOCK_STREAM, SOL_SOCKET, socket
 
 from .. import log
 from .connection import Connection
@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .device import Device
 
-    Where = str | int | socket.socket
+    Where = str | int | socket
 
 
 class Server:
@@ -27,7 +27,7 @@ class Server:
     loop is stopped.  The server closes the socket.
     """
 
-    def __init__(self, device: Device, sock: socket.socket, loop: DeviceLoop) -> None:
+    def __init__(self, device: Device, sock: socket, loop: DeviceLoop) -> None:
         self._device = device
         self._loop = loop
         self._connection: Connection | None = None
@@ -47,13 +47,13 @@ class Server:
             self._listener.close()
         self._device.close()
 
-    def _connect(self, sock: socket.socket) -> None:
+    def _connect(self, sock: socket) -> None:
         self._connection = Connection(self._device, sock, self._loop, self._on_end)
 
     def _on_client(self) -> None:
         assert self._listener is not None
         try:
-            client, _ = self._listener.accept()
+            client = accept(self._listener)
         except OSError:
             return  # it went away before we looked
         self._loop.remove_reader(self._listener.fileno())
@@ -88,14 +88,14 @@ def serve(device: Device, where: Where, *, loop: DeviceLoop | None = None) -> No
             own.close()
 
 
-def socket_at(where: Where) -> socket.socket:
+def socket_at(where: Where) -> socket:
     """The socket that `where` means; OSError when there is none or none can be made."""
-    if isinstance(where, socket.socket):
+    if isinstance(where, socket):
         return where
     if isinstance(where, int):
-        return socket.socket(fileno=where)
+        return socket(fileno=where)
     unlink_socket(where)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock = socket(AF_UNIX, SOCK_STREAM)
     try:
         sock.bind(where)
         sock.listen(1)
@@ -103,6 +103,12 @@ def socket_at(where: Where) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+def accept(listener: socket) -> socket:
+    """The next client; OSError when there is none.  What `socket.socket.accept` does."""
+    fd, _ = listener._accept()  # type: ignore[attr-defined]
+    return socket(fileno=fd)
 
 
 def unlink_socket(path: str) -> None:
@@ -116,6 +122,6 @@ def unlink_socket(path: str) -> None:
         return
 
 
-def is_listening(sock: socket.socket) -> bool:
+def is_listening(sock: socket) -> bool:
     """Whether connections can be accepted from the socket."""
-    return bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    return bool(sock.getsockopt(SOL_SOCKET, SO_ACCEPTCONN))

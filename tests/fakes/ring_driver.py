@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import struct
+import time
 
 from pyvmm.vhost_user.codec import Decoder, Message, encode_request
 from pyvmm.vhost_user.messages import BACKEND_REQUESTS, FRONTEND_REQUESTS, MAX_FDS
@@ -104,7 +105,9 @@ class DriverQueue:
         heads = [self.free.pop(0) for _ in rows]
         for i, (address, length, flags) in enumerate(rows):
             last = i + 1 == len(rows)
-            self.descriptor(heads[i], address, length, flags | (0 if last else NEXT), 0 if last else heads[i + 1])
+            self.descriptor(
+                heads[i], address, length, flags | (0 if last else NEXT), 0 if last else heads[i + 1]
+            )
         self.chains[heads[0]] = (heads, writable)
         self.offer(heads[0])
         return heads[0]
@@ -129,16 +132,18 @@ class DriverQueue:
             self.free += heads
             whole = b"".join(self.ram.data[a : a + n] for a, n in writable)
             done.append((head, whole[:length]))
-        if self.event_idx:
-            self.ram.set_u16(self.avail + 4 + 2 * self.size, self.last_used)
+            if self.event_idx:  # ask for a call at the next one, before looking once more
+                self.ram.set_u16(self.avail + 4 + 2 * self.size, self.last_used)
         return done
 
     def wait(self, timeout: float = 5.0) -> list[tuple[int, bytes]]:
         """Used chains, waiting for the device's call when there are none yet."""
-        done = self.collect()
-        if not done and select.select([self.call_fd], [], [], timeout)[0]:
-            os.eventfd_read(self.call_fd)
-            done = self.collect()
+        end = time.monotonic() + timeout
+        while not (done := self.collect()):
+            left = end - time.monotonic()
+            if left <= 0 or not select.select([self.call_fd], [], [], left)[0]:
+                break
+            os.eventfd_read(self.call_fd)  # may be about chains that were collected before
         return done
 
     def close(self) -> None:
@@ -229,9 +234,7 @@ class RawFrontend:
 
 def addresses(index: int, queue: DriverQueue) -> VringAddr:
     """Where the queue's parts are, as the frontend says it."""
-    return VringAddr(
-        index, 0, USER_BASE + queue.desc, USER_BASE + queue.used, USER_BASE + queue.avail, 0
-    )
+    return VringAddr(index, 0, USER_BASE + queue.desc, USER_BASE + queue.used, USER_BASE + queue.avail, 0)
 
 
 def receive_one(sock: socket.socket, decoder: Decoder) -> Message:
