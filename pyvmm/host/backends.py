@@ -1,0 +1,381 @@
+"""vhost-user backends of this host: finding them, and starting them for one device.
+
+It owns which programs there are, how each wants to be told what to serve, and the
+hand-over of the socket: the listening socket is made, connected to and unlinked before the
+program starts, so there is nothing to wait for, nobody else can connect, and no file is
+left behind.  It must not know what virtio does with the connection.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from _socket import AF_UNIX, SOCK_STREAM, socket
+
+from .. import log
+from ..errors import ConfigError
+from ..record import Record
+from ..vhost_user.endpoint import Endpoint
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ..config import DiskDevice, FsDevice
+    from .children import Child
+
+    Arguments = Callable[[int], Sequence[str]]  # from the listening socket's number to argv
+
+# Where distributions put programs that are not meant for PATH
+LIBRARY_DIRS = (
+    "/usr/libexec",
+    "/usr/lib/qemu",
+    "/usr/lib",
+    "/usr/libexec/qemu",
+    "/usr/local/libexec",
+    "/usr/local/bin",
+)
+# Where backends announce themselves (QEMU's docs/interop/vhost-user.json), best first
+DESCRIPTION_DIRS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
+
+C_VIRTIOFSD_MARK = b"using FUSE kernel interface"  # printed by the C one's --version only
+QCOW2_MAGIC = b"QFI\xfb"
+READ_ONLY_ERRORS = (errno.EPERM, errno.EACCES, errno.EROFS)
+DEATH_MS = 300  # how long a program whose connection broke may take to end and say why
+
+
+# -- finding -----------------------------------------------------------------------
+
+
+def find_program(name: str) -> str | None:
+    """Absolute path of a program in PATH, in cargo's directory or where QEMU keeps its helpers."""
+    home = os.environ.get("HOME", "")
+    dirs = [*os.get_exec_path(), f"{home}/.cargo/bin", *LIBRARY_DIRS]
+    for path in (os.path.join(folder, name) for folder in dirs if folder):
+        if os.access(path, os.X_OK) and os.path.isfile(path):
+            return os.path.abspath(path)
+    return None
+
+
+class Description(Record):
+    """A backend as its JSON file describes it; `type` is fs, gpu, input, block, ..."""
+
+    type: str
+    binary: str
+    description: str
+    path: str
+
+
+def descriptions() -> list[Description]:
+    """The backends that installed packages announce; broken files are skipped with a warning."""
+    import json
+
+    config = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.environ.get("HOME", ""), ".config")
+    found: dict[str, Description] = {}  # a file hides those of the same name in later directories
+    for folder in (f"{config}/qemu/vhost-user", *DESCRIPTION_DIRS):
+        for name in _json_files(folder):
+            path = os.path.join(folder, name)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    data = json.load(file)
+                entry = Description(data["type"], data["binary"], data.get("description", ""), path)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warn(f"{path}: no usable backend description: {error}")
+            else:
+                found.setdefault(name, entry)
+    return [found[name] for name in sorted(found)]
+
+
+def _json_files(folder: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(folder) if name.endswith(".json"))
+    except OSError:
+        return []
+
+
+def find_virtiofsd() -> str | None:
+    """The virtiofsd to use: one in the usual places, else one that announces itself."""
+    path = find_program("virtiofsd")
+    if path is None:
+        announced = (entry.binary for entry in descriptions() if entry.type == "fs")
+        path = next((binary for binary in announced if os.access(binary, os.X_OK)), None)
+    return path
+
+
+def is_c_virtiofsd(path: str) -> bool:
+    """Whether it is QEMU's own, which was replaced by the one in Rust; they share no options."""
+    import mmap
+
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(C_VIRTIOFSD_MARK) >= 0
+
+
+# -- what to start -----------------------------------------------------------------
+
+
+def start_virtiofsd(device: FsDevice) -> BackendProcess:
+    """Serve `device.dir` to one device.  Raises ConfigError."""
+    folder = os.path.abspath(device.dir)
+    if not os.path.isdir(folder):
+        raise ConfigError(f"--fs: dir={device.dir}: no such directory; name the directory to share")
+    path = find_virtiofsd()
+    if path is None:
+        raise ConfigError(
+            "--fs: no virtiofsd found; apt install qemu-system-common, or cargo install virtiofsd"
+        )
+    arguments = c_virtiofsd_arguments if is_c_virtiofsd(path) else rust_virtiofsd_arguments
+    return BackendProcess(f"virtiofsd for {folder}", lambda fd: [path, *arguments(device, folder, fd)])
+
+
+def c_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
+    """For QEMU's virtiofsd (up to 7.2).  It must be root; a chroot also works in containers."""
+    if os.geteuid():
+        raise ConfigError("--fs: this virtiofsd needs root; run as root or cargo install virtiofsd")
+    if device.readonly:
+        log.info(f"--fs: {folder}: this virtiofsd cannot refuse writes, only the guest's mount does")
+    options = ["-o", "source=" + _escape(folder, "\\", ","), "-o", "sandbox=chroot"]
+    if device.cache:
+        options += ["-o", f"cache={device.cache}"]
+    return [f"--fd={fd}", "-f", "-o", "log_level=warn", *options]
+
+
+def rust_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
+    """For the virtiofsd in Rust.  Users other than root get a sandbox where the kernel lets them."""
+    sandbox = "chroot" if not os.geteuid() else "namespace" if _user_namespaces() else "none"
+    options = [f"--fd={fd}", f"--shared-dir={folder}", f"--sandbox={sandbox}"]
+    if device.cache:
+        options.append(f"--cache={device.cache}")
+    if device.readonly:
+        options.append("--readonly")
+    return options
+
+
+def _user_namespaces() -> bool:
+    """Whether a user who is not root may make a user namespace."""
+    return (
+        _sysctl("/proc/sys/user/max_user_namespaces", 0) > 0
+        and _sysctl("/proc/sys/kernel/unprivileged_userns_clone", 1) > 0
+        and _sysctl("/proc/sys/kernel/apparmor_restrict_unprivileged_userns", 0) == 0
+    )
+
+
+def _sysctl(path: str, default: int) -> int:
+    try:
+        with open(path, "rb") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return default
+
+
+def start_disk(device: DiskDevice) -> BackendProcess:
+    """Serve an image file or a block device to one device.  Raises ConfigError."""
+    program = find_program("qemu-storage-daemon")
+    if program is None:
+        raise ConfigError("--disk: no qemu-storage-daemon found; apt install qemu-system-common qemu-utils")
+    path = os.path.abspath(device.path)
+    image = open_image(device)
+    try:
+        form = image_format(device, image)
+        name = f"qemu-storage-daemon for {path}"
+        return BackendProcess(
+            name, lambda fd: [program, *storage_daemon_arguments(device, path, form, fd)], image
+        )
+    except BaseException:
+        os.close(image)
+        raise
+
+
+def open_image(device: DiskDevice) -> int:
+    """A descriptor of the image that holds its lock.
+
+    The storage daemon's export shares the image with every other writer, so two machines
+    would destroy it; this lock is between machines of ours.
+    """
+    mode = os.O_RDONLY if device.readonly else os.O_RDWR
+    try:
+        fd = os.open(device.path, mode | os.O_CLOEXEC)
+    except OSError as error:
+        cure = "; use readonly=on" if error.errno in READ_ONLY_ERRORS and not device.readonly else ""
+        raise ConfigError(f"--disk: path={device.path}: {error.strerror}{cure}") from None
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if device.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise ConfigError(
+            f"--disk: path={device.path}: another machine uses it; end that, or use readonly=on in both"
+        ) from None
+    except OSError as error:
+        log.info(f"--disk: path={device.path}: cannot be locked: {error.strerror}")
+    return fd
+
+
+def image_format(device: DiskDevice, image: int) -> str:
+    """`raw` or `qcow2`: what the user says, else by the image's first bytes.
+
+    A guest can write a qcow2 header to a raw disk; one that refers to other files would make
+    them readable at the next start, so those must be named by the user.
+    """
+    try:
+        head = os.pread(image, 112, 0)
+    except OSError as error:
+        raise ConfigError(f"--disk: path={device.path}: {error.strerror}; name an image file") from None
+    if device.image_type:
+        return device.image_type
+    if not head.startswith(QCOW2_MAGIC):
+        return "raw"
+    if _refers_to_files(head):
+        raise ConfigError(
+            f"--disk: path={device.path}: a qcow2 image that refers to another file; "
+            "add image_type=qcow2 if you trust it, or image_type=raw if it is a raw disk"
+        )
+    return "qcow2"
+
+
+def _refers_to_files(head: bytes) -> bool:
+    """Whether a qcow2 header names a backing file or an external data file (its docs/interop/qcow2.txt)."""
+    backing_file_offset = int.from_bytes(head[8:16], "big")
+    version = int.from_bytes(head[4:8], "big")
+    incompatible = int.from_bytes(head[72:80], "big") if version >= 3 else 0
+    return bool(backing_file_offset or incompatible & 1 << 2)
+
+
+def storage_daemon_arguments(device: DiskDevice, path: str, form: str, fd: int) -> list[str]:
+    """For qemu-storage-daemon: the file, the image's format, and the export."""
+    switch = {True: "on", False: "off"}
+    readonly, writable = switch[device.readonly], switch[not device.readonly]
+    direct = switch[device.direct]
+    driver = "host_device" if _is_block_device(path) else "file"
+    file = f"driver={driver},node-name=file,filename={_double_commas(path)}"
+    rules = f"read-only={readonly},cache.direct={direct},discard=unmap"
+    image = f"driver={form},node-name=image,file=file"
+    export = f"type=vhost-user-blk,id=disk,node-name=image,writable={writable}"
+    return [
+        "--blockdev",
+        f"{file},{rules}",
+        "--blockdev",
+        f"{image},{rules}",
+        "--export",
+        f"{export},num-queues={device.num_queues},addr.type=fd,addr.str={fd}",
+    ]
+
+
+def _is_block_device(path: str) -> bool:
+    import stat
+
+    return stat.S_ISBLK(os.stat(path).st_mode)
+
+
+def _escape(text: str, mark: str, special: str) -> str:
+    return text.replace(mark, mark * 2).replace(special, mark + special)
+
+
+def _double_commas(text: str) -> str:
+    return text.replace(",", ",,")
+
+
+# -- starting ----------------------------------------------------------------------
+
+
+class BackendProcess:
+    """A backend started for one device.  `endpoint` is what the frontend connects to.
+
+    `argv` gets the number that the listening socket has in the child.  `close` ends the
+    process if it still runs; close the frontend first, which lets the backend flush and end.
+    `lock` is a descriptor to be closed after that.
+    """
+
+    def __init__(self, name: str, argv: Arguments, lock: int = -1) -> None:
+        from .children import Child
+
+        self.name = name
+        listener, connection = connected_listener()
+        try:
+            self.child = Child(argv(listener.fileno()), keep=(listener.fileno(),))
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            listener.close()
+        self.endpoint = StartedEndpoint(name, connection, self.child)
+        self._lock = lock
+
+    @property
+    def pid(self) -> int:
+        """The process id."""
+        return self.child.pid
+
+    @property
+    def pidfd(self) -> int:
+        """Readable when the process has ended."""
+        return self.child.pidfd
+
+    def close(self) -> None:
+        """End and reap the process, and drop a connection that nobody took; harmless when repeated."""
+        self.endpoint.close()
+        self.child.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+
+class StartedEndpoint(Endpoint):
+    """The one connection to a backend that was started here."""
+
+    def __init__(self, name: str, connection: socket, child: Child) -> None:
+        super().__init__(name)
+        self._connection: socket | None = connection
+        self._child = child
+
+    def connect(self, timeout: float) -> socket:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            raise ConfigError(f"{self.name}: serves one connection, and that was taken")
+        return connection
+
+    def explain(self) -> str:
+        """How the process ended and the last line that it printed."""
+        if self._child.pidfd < 0:
+            return ""
+        status = self._child.wait(DEATH_MS)
+        words = self._child.last_words()
+        end = f"it ended with status {status}" if status is not None else "it still runs"
+        return f" ({end}: {words})" if words else f" ({end})"
+
+    def close(self) -> None:
+        """Drop the connection if nobody took it."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def connected_listener() -> tuple[socket, socket]:
+    """A listening socket and a connection that waits in its queue; the path is gone already."""
+    folder = _private_directory()
+    path = os.path.join(folder, "s")
+    listener, connection = socket(AF_UNIX, SOCK_STREAM), socket(AF_UNIX, SOCK_STREAM)
+    try:
+        listener.bind(path)
+        listener.listen(1)
+        connection.connect(path)
+    except BaseException:
+        listener.close()
+        connection.close()
+        raise
+    finally:
+        if os.path.exists(path):
+            os.unlink(path)
+        os.rmdir(folder)
+    return listener, connection
+
+
+def _private_directory() -> str:
+    base = os.environ.get("XDG_RUNTIME_DIR") or "/tmp"
+    if not os.access(base, os.W_OK) or len(base) > 60:
+        base = "/tmp"
+    path = os.path.join(base, f"pyvmm-{os.getpid()}-{os.urandom(6).hex()}")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; set XDG_RUNTIME_DIR to a writable directory") from None
+    return path

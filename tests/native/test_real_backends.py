@@ -1,0 +1,320 @@
+"""The frontend against the real virtiofsd and qemu-storage-daemon; the test is the driver.
+
+Needs no KVM: the backends see a ring in a memory file, as they would with a guest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+
+import pytest
+from fakes.backend import no_new_fds
+from fakes.ring import Memory, Ring
+
+from pyvmm.config import DiskDevice, FsDevice
+from pyvmm.errors import ConfigError
+from pyvmm.host import backends
+from pyvmm.loop import EventLoop
+from pyvmm.vhost_user.frontend import Frontend
+from pyvmm.virtio import kinds
+
+VERSION_1 = 1 << 32
+FUSE_INIT, FUSE_LOOKUP, FUSE_OPEN, FUSE_READ = 26, 1, 14, 15
+BLK_IN, BLK_OUT, BLK_FLUSH = 0, 1, 4
+BLK_F_RO, BLK_F_FLUSH, BLK_F_MQ = 1 << 5, 1 << 9, 1 << 12
+
+
+class Rig:
+    """One backend, one frontend and its rings; closed in the order a VM does it."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.loop = EventLoop()
+        self.closers: list[Callable[[], None]] = []
+        self.lost: list[str] = []
+
+    def connect(
+        self, process: backends.BackendProcess, kind: str, queues: int, config: bytes | None = None
+    ) -> tuple[Frontend, list[Ring]]:
+        self.closers.append(process.close)
+        found = kinds.by_name(kind)
+        assert found is not None
+        frontend = Frontend(process.endpoint, found, (128,) * queues, config, self.memory.ram, self.loop)
+        frontend.on_lost = self.lost.append
+        frontend.start_watching()
+        self.closers.append(frontend.close)
+        rings = [Ring(self.memory, index) for index in range(queues)]
+        self.closers += [ring.close for ring in rings]
+        return frontend, rings
+
+    def pump(self, condition: Callable[[], object], seconds: float = 10.0) -> None:
+        """Run the loop until `condition` holds."""
+        end = monotonic() + seconds
+
+        def look() -> None:
+            if condition() or monotonic() > end:
+                self.loop.stop()
+            else:
+                self.loop.call_later(0.01, look)
+
+        look()
+        self.loop.run()
+        assert condition()
+
+    def close(self) -> None:
+        for close in reversed(self.closers):
+            close()
+        self.loop.close()
+        self.memory.close()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    if backends.find_virtiofsd() is None or backends.find_program("qemu-storage-daemon") is None:
+        pytest.skip("virtiofsd or qemu-storage-daemon is missing; apt install qemu-system-common qemu-utils")
+    with no_new_fds():
+        rig = Rig()
+        yield rig
+        rig.close()
+
+
+# -- virtiofsd ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def need_root() -> None:
+    if os.geteuid():
+        pytest.skip("QEMU's virtiofsd needs root")
+
+
+def fuse(ring: Ring, opcode: int, node: int, body: bytes, size: int) -> tuple[int, bytes]:
+    """One FUSE request (Linux uapi fuse.h, struct fuse_in_header); error number and reply."""
+    header = struct.pack("<IIQQIIII", 40 + len(body), opcode, 7, node, 0, 0, 0, 0)
+    out, data = ring.request([header, body], [16, size])
+    length, error, unique = struct.unpack("<IiQ", out)
+    assert unique == 7
+    return error, data[: length - 16]
+
+
+def fuse_init(ring: Ring) -> tuple[int, int]:
+    error, data = fuse(ring, FUSE_INIT, 0, struct.pack("<IIII48x", 7, 36, 65536, 0), 64)
+    assert error == 0
+    major, minor = struct.unpack_from("<II", data)
+    return major, minor
+
+
+def start_fs(rig: Rig, folder: Path) -> tuple[Frontend, list[Ring]]:
+    process = backends.start_virtiofsd(FsDevice("tag", str(folder)))
+    return rig.connect(process, "fs", 2, b"tag".ljust(36, b"\0") + struct.pack("<I", 1))
+
+
+def read_hello(ring: Ring) -> bytes:
+    """LOOKUP, OPEN and READ of the file `hello` in the root."""
+    error, entry = fuse(ring, FUSE_LOOKUP, 1, b"hello\0", 128)
+    assert error == 0
+    node = struct.unpack_from("<Q", entry)[0]
+    error, opened = fuse(ring, FUSE_OPEN, node, struct.pack("<II", 0, 0), 16)
+    assert error == 0
+    handle = struct.unpack_from("<Q", opened)[0]
+    error, data = fuse(ring, FUSE_READ, node, struct.pack("<QQIIQII", handle, 0, 4096, 0, 0, 0, 0), 4096)
+    assert error == 0
+    return data
+
+
+@pytest.mark.usefixtures("need_root")
+def test_virtiofsd_serves_a_file(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "hello").write_bytes(b"from the host")
+    frontend, rings = start_fs(rig, tmp_path)
+    assert (frontend.device_id, frontend.config_size) == (26, 40)
+    assert frontend.read_config(0, 4) == b"tag\0"
+    assert frontend.features & VERSION_1
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    assert fuse_init(rings[1])[0] == 7
+    assert read_hello(rings[1]) == b"from the host"
+
+
+@pytest.mark.usefixtures("need_root")
+def test_virtiofsd_after_a_device_reset(rig: Rig, tmp_path: Path) -> None:
+    """A guest that reboots: rings are stopped, zeroed and started again from 0."""
+    (tmp_path / "hello").write_bytes(b"still here")
+    frontend, rings = start_fs(rig, tmp_path)
+    for _ in range(3):
+        frontend.activate(VERSION_1, [ring.setup for ring in rings])
+        assert fuse_init(rings[1])[0] == 7
+        assert read_hello(rings[1]) == b"still here"
+        frontend.reset()
+        for ring in rings:
+            ring.restart()
+    assert not rig.lost
+
+
+@pytest.mark.usefixtures("need_root")
+@pytest.mark.parametrize("name", ["with,comma", "back\\slash", "with space", "ünï"])
+def test_virtiofsd_with_odd_directory_names(rig: Rig, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "hello").write_bytes(name.encode())
+    frontend, rings = start_fs(rig, folder)
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    fuse_init(rings[1])
+    assert read_hello(rings[1]) == name.encode()
+
+
+@pytest.mark.usefixtures("need_root")
+def test_a_killed_backend_is_reported_with_its_end(rig: Rig, tmp_path: Path) -> None:
+    frontend, rings = start_fs(rig, tmp_path)
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    endpoint = frontend._endpoint
+    assert isinstance(endpoint, backends.StartedEndpoint)
+    os.kill(endpoint._child.pid, signal.SIGKILL)
+    rig.pump(lambda: rig.lost)
+    assert rig.lost == ["the backend closed the connection (it ended with status 137)"]
+
+
+@pytest.mark.usefixtures("need_root")
+def test_virtiofsd_ends_with_its_connection(rig: Rig, tmp_path: Path) -> None:
+    process = backends.start_virtiofsd(FsDevice("tag", str(tmp_path)))
+    frontend, _ = rig.connect(process, "fs", 2, b"tag")
+    frontend.close()
+    assert process.child.wait(5000) is not None
+
+
+def test_missing_directory() -> None:
+    with pytest.raises(ConfigError, match="dir=/nowhere: no such directory"):
+        backends.start_virtiofsd(FsDevice("tag", "/nowhere"))
+
+
+# -- qemu-storage-daemon -----------------------------------------------------------
+
+
+def blk(ring: Ring, kind: int, sector: int, data: bytes = b"", size: int = 0) -> tuple[int, bytes]:
+    """One block request (virtio 1.2, 5.2.6); status and data."""
+    out = [struct.pack("<IIQ", kind, 0, sector)] + ([data] if data else [])
+    *rest, status = ring.request(out, ([size] if size else []) + [1])
+    return status[0], b"".join(rest)
+
+
+def start_disk(rig: Rig, device: DiskDevice) -> tuple[Frontend, list[Ring]]:
+    return rig.connect(backends.start_disk(device), "block", device.num_queues)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk,image.raw"
+    path.write_bytes(b"".join(bytes([n]) * 512 for n in range(200)))
+    return path
+
+
+def test_raw_disk(rig: Rig, image: Path) -> None:
+    frontend, rings = start_disk(rig, DiskDevice(str(image)))
+    assert struct.unpack("<Q", frontend.read_config(0, 8)) == (200,)
+    assert frontend.features & BLK_F_FLUSH and not frontend.features & BLK_F_RO
+    frontend.activate(VERSION_1 | BLK_F_FLUSH, [ring.setup for ring in rings])
+    assert blk(rings[0], BLK_IN, 7, size=1024) == (0, bytes([7]) * 512 + bytes([8]) * 512)
+    assert blk(rings[0], BLK_OUT, 3, b"w" * 512) == (0, b"")
+    assert blk(rings[0], BLK_FLUSH, 0) == (0, b"")
+    assert image.read_bytes()[3 * 512 : 4 * 512] == b"w" * 512
+    frontend.reset()
+    rings[0].restart()
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    assert blk(rings[0], BLK_IN, 3, size=512) == (0, b"w" * 512)
+    assert not rig.lost
+
+
+def test_read_only_disk(rig: Rig, image: Path) -> None:
+    image.chmod(0o444)
+    frontend, rings = start_disk(rig, DiskDevice(str(image), readonly=True))
+    assert frontend.features & BLK_F_RO
+    frontend.activate(VERSION_1 | BLK_F_RO, [ring.setup for ring in rings])
+    assert blk(rings[0], BLK_OUT, 3, b"w" * 512)[0] != 0
+    assert image.read_bytes()[3 * 512] == 3
+
+
+def test_several_queues(rig: Rig, image: Path) -> None:
+    frontend, rings = start_disk(rig, DiskDevice(str(image), num_queues=4))
+    assert frontend.features & BLK_F_MQ
+    assert struct.unpack("<H", frontend.read_config(34, 2)) == (4,)
+    frontend.activate(VERSION_1 | BLK_F_MQ, [ring.setup for ring in rings])
+    for ring in rings:
+        assert blk(ring, BLK_IN, 9, size=512) == (0, bytes([9]) * 512)
+
+
+def test_qcow2_disk(rig: Rig, tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    make_qcow2(path, sectors=2048)
+    frontend, rings = start_disk(rig, DiskDevice(str(path)))
+    assert struct.unpack("<Q", frontend.read_config(0, 8)) == (2048,)
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    assert blk(rings[0], BLK_OUT, 2000, b"q" * 512) == (0, b"")
+    assert blk(rings[0], BLK_IN, 2000, size=512) == (0, b"q" * 512)
+    assert path.stat().st_size < 1 << 20
+
+
+def make_qcow2(path: Path, sectors: int, backing: bytes = b"") -> None:
+    """An empty version 2 image (docs/interop/qcow2.txt): header, L1, refcount table and block."""
+    cluster = 1 << 16
+    header = struct.pack(
+        ">4sIQIIQIIQQIIQ",
+        b"QFI\xfb", 2, 512 if backing else 0, len(backing), 16, sectors * 512,
+        0, 1, cluster, 2 * cluster, 1, 0, 0,
+    )  # fmt: skip
+    image = bytearray(4 * cluster)
+    image[: len(header)] = header
+    image[512 : 512 + len(backing)] = backing
+    struct.pack_into(">Q", image, 2 * cluster, 3 * cluster)
+    struct.pack_into(">4H", image, 3 * cluster, 1, 1, 1, 1)
+    path.write_bytes(image)
+
+
+def test_write_cache_switch_is_forwarded(rig: Rig, image: Path) -> None:
+    """The one byte (wce) that the daemon lets a driver write."""
+    frontend, _ = start_disk(rig, DiskDevice(str(image)))
+    before = frontend.read_config(32, 1)
+    frontend.write_config(32, bytes([1 - before[0]]))
+    assert frontend.read_config(32, 1) != before
+    assert not rig.lost
+
+
+def test_an_image_has_one_writer(rig: Rig, image: Path) -> None:
+    start_disk(rig, DiskDevice(str(image)))
+    for readonly in (False, True):
+        with pytest.raises(ConfigError, match="another machine uses it"):
+            start_disk(rig, DiskDevice(str(image), readonly=readonly))
+
+
+def test_an_image_may_have_several_readers(rig: Rig, image: Path) -> None:
+    for _ in range(2):
+        start_disk(rig, DiskDevice(str(image), readonly=True))
+
+
+def test_what_the_backend_said_is_in_the_message(rig: Rig, image: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no vhost-user dialogue .*it ended with status 1: .*qcow2"):
+        start_disk(rig, DiskDevice(str(image), image_type="qcow2"))
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (DiskDevice("/nowhere/disk"), "path=/nowhere/disk: No such file or directory$"),
+        (DiskDevice("/tmp"), "path=/tmp: Is a directory"),
+    ],
+)
+def test_unusable_images(device: DiskDevice, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        backends.start_disk(device)
+
+
+def test_nothing_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    process = backends.start_disk(DiskDevice(str(image)))
+    assert list((tmp_path / "run").iterdir()) == []
+    process.close()
+    process.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
