@@ -50,6 +50,7 @@ class PathEndpoint(Endpoint):
         start, pause = monotonic(), 0.002
         while True:
             sock = socket(AF_UNIX, SOCK_STREAM)
+            sock.setblocking(False)  # a full queue is EAGAIN then, instead of a wait without end
             try:
                 sock.connect(path)
                 return sock
@@ -102,14 +103,27 @@ class FdEndpoint(Endpoint):
             raise ConfigError(f"{self.name}: an inherited connection serves only once")
         try:
             sock = socket(fileno=fd)
-            os.set_inheritable(fd, False)
-            kind = (sock.getsockopt(SOL_SOCKET, SO_DOMAIN), sock.getsockopt(SOL_SOCKET, SO_TYPE))
-            sock.getpeername()
         except OSError as error:
             raise ConfigError(f"{self.name}: {os.strerror(error.errno or 0)}; {CONNECTED}") from None
-        if kind != (AF_UNIX, SOCK_STREAM):
-            raise ConfigError(f"{self.name}: is no Unix stream socket; {CONNECTED}")
+        wrong = _why_unfit(sock)
+        if wrong:
+            sock.close()
+            raise ConfigError(f"{self.name}: {wrong}; {CONNECTED}")
+        os.set_inheritable(fd, False)
         return sock
+
+
+def _why_unfit(sock: socket) -> str:
+    if (
+        sock.getsockopt(SOL_SOCKET, SO_DOMAIN) != AF_UNIX
+        or sock.getsockopt(SOL_SOCKET, SO_TYPE) != SOCK_STREAM
+    ):
+        return "is no Unix stream socket"
+    try:
+        sock.getpeername()
+    except OSError as error:
+        return os.strerror(error.errno or 0)
+    return ""
 
 
 class CallEndpoint(Endpoint):
