@@ -25,19 +25,27 @@ def checkout():
         pytest.skip("not a git checkout")
 
 
-def test_every_tracked_source_is_installed():
-    text = (ROOT / "pyvmm" / "meson.build").read_text()
+TREES = {
+    "pyvmm": ("*.py", "*.pyi", "*.typed"),
+    "guest-images": ("*.c", "*.h", "*/config"),
+}
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_every_tracked_source_is_installed(tree):
+    text = (ROOT / tree / "meson.build").read_text()
     listed = re.findall(r"^    '(.+)',$", text, re.MULTILINE)
     assert len(listed) == len(set(listed))
-    wanted = tracked("pyvmm/*.py", "pyvmm/*.pyi", "pyvmm/*.typed")
-    assert {f"pyvmm/{path}" for path in listed} == wanted, "run scripts/list-sources and commit its result"
+    wanted = tracked(*(f"{tree}/{pattern}" for pattern in TREES[tree]))
+    assert {f"{tree}/{path}" for path in listed} == wanted, "run scripts/list-sources and commit its result"
 
 
-def test_every_source_is_installed_beside_its_own_package():
-    text = (ROOT / "pyvmm" / "meson.build").read_text()
-    for block, target in re.findall(r"py\.install_sources\((.*?)subdir: '(.+?)'", text, re.DOTALL):
-        packages = {os.path.dirname(f"pyvmm/{path}") for path in re.findall(r"'(.+?)',", block)}
-        assert packages == {target}
+@pytest.mark.parametrize(("tree", "target"), [("pyvmm", "pyvmm"), ("guest-images", "pyvmm/guest/images")])
+def test_every_source_is_installed_in_the_folder_that_it_comes_from(tree, target):
+    text = (ROOT / tree / "meson.build").read_text()
+    for block, folder in re.findall(r"py\.install_sources\((.*?)subdir: '(.+?)'", text, re.DOTALL):
+        folders = {os.path.dirname(f"{target}/{path}") for path in re.findall(r"'(.+?)',", block)}
+        assert folders == {folder}
 
 
 def test_every_extension_has_a_row_and_a_stub():
