@@ -30,19 +30,32 @@ class ConsoleLog:
         self._loop, self._verbose = loop, verbose
         self._ours, self._theirs = socket.socketpair()
         self.text = b""
-        loop.add_reader(self._ours.fileno(), self._read)
+        loop.add_reader(self._ours.fileno(), self._ready)
 
     def take_socket(self) -> socket.socket:
         """The machine's end; the caller closes it."""
         return self._theirs
 
-    def _read(self) -> None:
-        data = self._ours.recv(4096)
+    def _ready(self) -> None:
+        self._read()
+
+    def _read(self) -> bool:
+        data = self._ours.recv(65536)
         if not data:
             self._loop.remove_reader(self._ours.fileno())
         self.text = (self.text + data)[-_KEPT:]
         if self._verbose:
             os.write(2, data.replace(b"\r\n", b"\n"))
+        return bool(data)
+
+    def drain(self) -> None:
+        """Take what the machine said last, when the loop does not run any more."""
+        self._ours.setblocking(False)
+        try:
+            while self._read():
+                pass
+        except BlockingIOError:
+            return
 
     def explain(self, emulator: str) -> GuestError:
         """Why the machine ended without a word from its init; `emulator` is what that said last."""

@@ -1,14 +1,11 @@
-"""What the lab's machine is made of: QEMU's command line, file servers, kernel.
+"""What the lab's machine is made of: QEMU's command line and the kernel.
 
 Facts about foreign programs, and nothing that runs: `lab` starts and ends them.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import tempfile
 
 from ..errors import ConfigError
 from . import kernels
@@ -22,7 +19,6 @@ CPU_MODEL = "max,+svm,la57=off"
 ACCELERATOR = "tcg,thread=multi,tb-size=512"
 KERNEL_ARGUMENTS = "console=ttyS0 mitigations=off panic=-1"
 QEMU = "qemu-system-x86_64"
-VIRTIOFSD_C = "/usr/lib/qemu/virtiofsd"
 MIB = 1 << 20
 
 
@@ -32,33 +28,6 @@ def kernel(progress: Callable[[str], None]) -> kernels.Kernel:
         if known.source in ("debian", "boot") and known.modules is not None:
             return known
     return kernels.fetch_kernel(progress)
-
-
-def connected_pair() -> tuple[socket.socket, socket.socket]:
-    """A listening unix socket and a client whose connection waits in its queue already."""
-    listener, client = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
-    folder = tempfile.mkdtemp(prefix="pyvmm-")
-    try:
-        listener.bind(os.path.join(folder, "socket"))
-        listener.listen(1)
-        client.connect(os.path.join(folder, "socket"))
-    finally:
-        shutil.rmtree(folder)
-    return listener, client
-
-
-def file_server(directory: str, caching: str, listener: int) -> list[str]:
-    """Command line of a virtiofsd that serves `directory` to who connects to `listener`."""
-    if os.geteuid() == 0 and os.access(VIRTIOFSD_C, os.X_OK):
-        settings = f"source={directory},sandbox=chroot,cache={caching},log_level=err,xattr"
-        return [VIRTIOFSD_C, "-f", f"--fd={listener}", "-o", settings]
-    for program in ("/usr/libexec/virtiofsd", shutil.which("virtiofsd")):
-        if program and os.access(program, os.X_OK):
-            options = ["--sandbox=none", f"--cache={caching}", "--log-level=error"]
-            return [program, f"--fd={listener}", f"--shared-dir={directory}", *options]
-    raise ConfigError(
-        "the lab needs virtiofsd: apt-get install qemu-system-common and be root, or use the Rust one"
-    )
 
 
 def command(

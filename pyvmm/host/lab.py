@@ -15,24 +15,25 @@ import signal
 import socket
 
 from .. import log
+from ..config import FsDevice
 from ..errors import ConfigError, GuestError, GuestTimeout
+from ..foreground import Foreground, terminal_size
 from ..guest import initramfs, protocol
 from ..guest.channel import CommandChannel
 from ..loop import EventLoop
 from ..record import Record
 from . import emulator
+from .backends import BackendProcess, start_virtiofsd
 from .children import Child
 from .console import ConsoleLog
 from .progress import Progress
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-    from types import FrameType
+    from _socket import socket as Socket
+    from collections.abc import Mapping, Sequence
 
     from ..guest.channel import Outcome
-
-    Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 MARK = "PYVMM_LAB"  # set in the environment of everything that runs inside
 LAST_WORDS_SECONDS = 1.0
@@ -71,8 +72,8 @@ class Lab:
     def __init__(self, config: LabConfig) -> None:
         self.config = config
         self._loop = EventLoop()
-        self._children: list[Child] = []
-        self._sockets: list[socket.socket] = []  # QEMU's ends, until it has them
+        self._servers: list[BackendProcess] = []
+        self._sockets: list[Socket] = []  # QEMU's ends, until it has them
         self._progress = Progress("lab")
         self._console = ConsoleLog(self._loop, log.level >= log.INFO)
         self._outcome: Outcome | None = None
@@ -116,9 +117,10 @@ class Lab:
         if self._channel is not None:
             self._channel.close()
         self._close_sockets()
-        for child in reversed(self._children):
-            self._loop.remove_reader(child.pidfd)
-            child.close()
+        for helper in (self._qemu, *self._servers):
+            if helper is not None:
+                self._loop.remove_reader(helper.pidfd)
+                helper.close()
         self._console.close()
         self._loop.close()
 
@@ -156,20 +158,17 @@ class Lab:
             quiet=log.level < log.INFO,
         )
         self._qemu = Child(argv, [sock.fileno() for sock in (channel, console, *self._sockets)])
-        self._children.append(self._qemu)
         console.close()
         self._close_sockets()
         self._loop.add_reader(self._qemu.pidfd, self._qemu_ended)
 
-    def _serve(self, directory: str, caching: str) -> socket.socket:
+    def _serve(self, directory: str, caching: str) -> Socket:
         """Start a file server for a directory; returns the connection that QEMU will use."""
-        listener, client = emulator.connected_pair()
+        server = start_virtiofsd(FsDevice("", directory, cache=caching))
+        self._servers.append(server)
+        client = server.endpoint.connect(0)
         self._sockets.append(client)
-        with listener:
-            argv = emulator.file_server(directory, caching, listener.fileno())
-            server = Child(argv, [listener.fileno()])
-        self._children.append(server)
-        self._loop.add_reader(server.pidfd, lambda: self._server_ended(server, directory))
+        self._loop.add_reader(server.pidfd, lambda: self._server_ended(server))
         return client
 
     def _close_sockets(self) -> None:
@@ -199,12 +198,10 @@ class Lab:
         self._loop.remove_reader(self._qemu.pidfd)
         self._qemu.wait(0)
 
-    def _server_ended(self, server: Child, directory: str) -> None:
+    def _server_ended(self, server: BackendProcess) -> None:
         self._loop.remove_reader(server.pidfd)
-        status = server.wait(0)
         if self._outcome is None and self._qemu is not None and self._qemu.wait(0) is None:
-            said = server.last_words() or "without a word"
-            self._fail(GuestError(f"lab: {server.name} for {directory} ended (status {status}): {said}"))
+            self._fail(GuestError(f"lab: {server.name}: lost{server.endpoint.explain()}"))
 
     def _timed_out(self) -> None:
         self._fail(GuestTimeout(f"the command did not end within {self.config.timeout:g} s in the lab"))
@@ -245,9 +242,6 @@ def run_in_lab(
     through to the host, at the same paths.  Signals of this process go to the command.
     Raises ConfigError, GuestError, and SystemExit for a signal that ends it all.
     """
-    from ..streams import Terminal
-
-    size = _terminal_size()
     config = LabConfig(
         argv=tuple(argv),
         env=tuple(f"{key}={value}" for key, value in (os.environ if env is None else env).items()),
@@ -256,27 +250,14 @@ def run_in_lab(
         memory=memory,
         cpus=cpus,
         timeout=timeout,
-        tty=size,
+        tty=terminal_size(),
     )
     lab = Lab(config)
-    terminal = Terminal() if size else None
-    handlers = _catch_signals(lab)
     try:
-        return lab.run()
+        with Foreground(lab, config.tty is not None):
+            return lab.run()
     finally:
         lab.close()
-        if terminal is not None:
-            terminal.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _terminal_size() -> tuple[int, int] | None:
-    """Rows and columns, when a person sits at both ends."""
-    if not (os.isatty(0) and os.isatty(1)):
-        return None
-    columns, rows = os.get_terminal_size(1)
-    return rows, columns
 
 
 def _shared_directory(path: str) -> str:
@@ -284,20 +265,6 @@ def _shared_directory(path: str) -> str:
     if not os.path.isdir(real):
         raise ConfigError(f"--share {path}: no such directory; make it first")
     return real
-
-
-def _catch_signals(lab: Lab) -> dict[int, Handler]:
-    previous: dict[int, Handler] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        previous[number] = signal.signal(number, lambda number, _: lab.signal(number))
-
-    def resized(number: int, frame: object) -> None:
-        size = _terminal_size()
-        if size:
-            lab.resize(*size)
-
-    previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, resized)
-    return previous
 
 
 def main(argv: Sequence[str] | None = None) -> int:
