@@ -81,6 +81,7 @@ def open_vmlinux(fd: int, image: BzImage, path: str, directory: str | None = Non
     target, temporary = _create(where)
     try:
         _unpack_into(target, fd, image, path, size)
+        os.lseek(target, 0, os.SEEK_SET)
         if temporary:
             os.rename(temporary, entry)
             _prune(where, entry)
