@@ -22,7 +22,8 @@ from .config import (
     StreamConfig,
     VmConfig,
 )
-from .errors import GuestError, GuestPanic, GuestTimeout
+from .errors import ConfigError, GuestCrash, GuestError, GuestPanic, GuestTimeout
+from .foreground import Foreground
 from .guest import protocol
 from .guest.channel import CommandChannel
 from .host.console import ConsoleLog
@@ -30,7 +31,7 @@ from .host.progress import Progress
 from .layout import MIB
 from .loop import EventLoop
 from .record import Record
-from .vm import CRASH, OFF, Outcome, Vm
+from .vm import CRASH, Outcome, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +45,28 @@ ROOT_TAG = "root"
 BASE_CMDLINE = "console=ttyS0 panic=-1 reboot=a tsc=reliable"
 QUIET, VERBOSE = "quiet", "ignore_loglevel"
 POWER_OFF_SECONDS = 5.0  # for the guest to write back and power off after its command
+
+# What a run without a command shows of the guest; needs nothing but a shell and mount points.
+LOOK_AROUND = r"""
+echo "kernel:  $(uname -sr)"
+while read -r source target type options; do
+    [ "$target" = / ] && echo "root:    $type ($source)"
+    [ "$type" = virtiofs ] && echo "mount:   $target: $type ($source)"
+done </proc/mounts
+for device in /sys/bus/virtio/devices/*; do
+    driver=$(readlink "$device/driver") || driver=none
+    read -r id <"$device/device"
+    echo "device:  ${device##*/}: virtio id $((id)), driver ${driver##*/}"
+done
+"""
+_GUEST_STAGES = {
+    "init": "kernel handed over to init",
+    "modules": "modules loaded",
+    "port": "command channel open",
+    "root": "root mounted",
+    "command": "command started",
+    "ended": "command ended",
+}
 
 
 class RunConfig(Record):
@@ -74,6 +97,12 @@ class Stages:
     def mark(self, name: str) -> None:
         """Something of ours is done now; times count from the start of this process."""
         self.host.append((name, _process_age()))
+
+    def table(self) -> list[str]:
+        """One line for each stage."""
+        lines = [f"{seconds:8.2f} s  {name}" for name, seconds in self.host]
+        lines += [f"{seconds:8.2f} s  {_GUEST_STAGES.get(name, name)}" for name, seconds in self.guest]
+        return ["times (of this process, then of the guest's clock):", *lines]
 
 
 class CommandRun:
@@ -197,7 +226,7 @@ class CommandRun:
             return ended.status
         self._console.drain()
         if outcome.kind == CRASH:
-            raise outcome.error()
+            raise GuestCrash(outcome.report)
         if ended is not None and ended.error and not ended.lost:
             raise GuestError(f"guest: {ended.error}")
         error = self._console.explain(outcome.kind)
@@ -209,19 +238,38 @@ class CommandRun:
 
 def run_command(config: RunConfig, stages: Stages | None = None) -> int:
     """Run `config` with this process's streams and signals; returns the command's exit status."""
-    from .streams import Terminal
-
     run = CommandRun(config, stages)
-    terminal = Terminal() if config.tty else None
-    handlers = catch_signals(run)
     try:
-        return run.run()
+        with Foreground(run, config.tty is not None):
+            return run.run()
     finally:
         run.close()
-        if terminal is not None:
-            terminal.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+
+
+def run_or_show(config: RunConfig) -> int:
+    """`run_command`, or without a command a look around the guest and the times of each stage."""
+    if config.argv:
+        return run_command(config)
+    stages = Stages()
+    status = run_command(config.replace(argv=("/bin/sh", "-c", LOOK_AROUND), tty=None), stages)
+    os.write(1, "".join(line + "\n" for line in stages.table()).encode())
+    return status
+
+
+def unpack_ahead(path: str) -> None:
+    """Put a bzImage's kernel into the cache now, for a boot that happens on a slower machine."""
+    from .boot import bzimage, image, payload
+
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"kernel {path}: {error.strerror}; a readable file is needed") from error
+    try:
+        if image.identify(os.pread(fd, image.HEAD, 0), path) != image.ELF:
+            unpacked, _ = payload.open_vmlinux(fd, bzimage.parse(fd, path), path)
+            os.close(unpacked)
+    finally:
+        os.close(fd)
 
 
 def _process_age() -> float:

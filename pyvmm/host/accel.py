@@ -72,6 +72,14 @@ def runs_kernels(path: str = "/dev/kvm") -> bool:
     return native
 
 
+def why_not(path: str = "/dev/kvm") -> str:
+    """The fact that keeps Linux from running under this host's KVM, or nothing."""
+    try:
+        return "" if runs_kernels(path) else f"the KVM of {path} emulates ring 0, so Linux cannot run on it"
+    except OSError as error:
+        return str(error)
+
+
 def measure(path: str = "/dev/kvm") -> Rates:
     """Both rates, freshly measured; takes some tens of milliseconds on a slow host."""
     return Rates(best_rate(0, path), best_rate(3, path))

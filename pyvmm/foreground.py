@@ -1,0 +1,66 @@
+"""A command that runs somewhere else in this process's name: its signals and its terminal.
+
+It owns the signal handlers while such a command runs.  It does not know where that is: a
+guest and the lab both take `signal` and `resize`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any, Protocol, Self
+
+    class Remote(Protocol):
+        """What runs the command; both methods may be called in a signal handler."""
+
+        def signal(self, number: int) -> None: ...
+        def resize(self, rows: int, columns: int) -> None: ...
+
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def terminal_size() -> tuple[int, int] | None:
+    """Rows and columns, when a person sits at both ends."""
+    if not (os.isatty(0) and os.isatty(1)):
+        return None
+    columns, rows = os.get_terminal_size(1)
+    return rows, columns
+
+
+class Foreground:
+    """`with Foreground(remote):` signals go to `remote`, and the terminal (if any) is raw."""
+
+    def __init__(self, remote: Remote, terminal: bool) -> None:
+        self._remote = remote
+        self._wants_terminal = terminal
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        from .streams import Terminal
+
+        for number in PASSED_ON:
+            self._previous[number] = signal.signal(number, self._signalled)
+        self._previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._resized)
+        self._terminal = Terminal() if self._wants_terminal else None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._terminal is not None:
+            self._terminal.close()
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _signalled(self, number: int, frame: object) -> None:
+        self._remote.signal(number)
+
+    def _resized(self, number: int, frame: object) -> None:
+        size = terminal_size()
+        if size:
+            self._remote.resize(*size)
