@@ -73,7 +73,9 @@ def test_no_initramfs_means_no_module(machine: Machine) -> None:
     assert start_info(machine, state)[3:5] == (0, 0)
 
 
-@pytest.mark.parametrize(("notes", "protocol"), [(b"", "auto"), (kernels.pvh_note(), "linux64")])
+@pytest.mark.parametrize(
+    ("notes", "protocol"), [(b"", "auto"), (kernels.pvh_note(), "linux64")], ids=["only", "chosen"]
+)
 def test_linux64(machine: Machine, notes: bytes, protocol: str) -> None:
     initramfs = machine.file("initramfs", b"x" * 5000)
     state = machine.boot(kernels.elf(notes=notes), cmdline="quiet", initramfs=initramfs, protocol=protocol)
