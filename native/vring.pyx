@@ -14,6 +14,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove
+from posix.unistd cimport read, write
 
 cimport cython
 
@@ -50,6 +51,14 @@ cdef extern from *:
     void ring_store16_release(char *p, uint16_t v) nogil
     void ring_store32(char *p, uint32_t v) nogil
     void ring_fence() nogil
+
+cdef extern from "<poll.h>" nogil:
+    cdef struct pollfd:
+        int fd
+        short events
+        short revents
+    int POLLIN
+    int poll(pollfd *fds, unsigned long count, int timeout)
 
 # struct virtq_desc flags, virtq_avail flags and virtq_used flags
 cdef enum:
@@ -126,6 +135,52 @@ cdef void segments_start(Segments *self) noexcept nogil:
     self.room = INLINE_SEGMENTS
     self.count = self.readable_count = 0
     self.readable = self.writable = 0
+
+
+cdef void segments_clear(Segments *self) noexcept nogil:
+    """As after `segments_start`, but keeping the room."""
+    self.count = self.readable_count = 0
+    self.readable = self.writable = 0
+
+
+cdef uint64_t segments_echo(Segments *self) noexcept nogil:
+    """Copy the readable bytes into the writable ones; how many fitted."""
+    cdef uint64_t left = min(self.readable, self.writable), part, total = left
+    cdef uint32_t source = 0, target = self.readable_count
+    cdef uint64_t source_at = 0, target_at = 0
+    while left:
+        part = min(
+            left,
+            self.items[source].length - source_at,
+            self.items[target].length - target_at,
+        )
+        memmove(self.items[target].host + target_at, self.items[source].host + source_at, part)
+        left -= part
+        source_at += part
+        target_at += part
+        if source_at == self.items[source].length:
+            source += 1
+            source_at = 0
+        if target_at == self.items[target].length:
+            target += 1
+            target_at = 0
+    return total
+
+
+cdef bint await_kick(int kick_fd, int stop_fd, bint sleep) noexcept nogil:
+    """Wait for a kick (`sleep`) or only look; false when it is time to stop."""
+    cdef pollfd fds[2]
+    cdef uint64_t drain
+    fds[0].fd, fds[1].fd = kick_fd, stop_fd
+    fds[0].events = fds[1].events = POLLIN
+    fds[0].revents = fds[1].revents = 0
+    if poll(fds, 2, -1 if sleep else 0) < 0:
+        return True     # a signal: Python looks at it in its own threads
+    if fds[1].revents:
+        return False
+    if fds[0].revents and read(kick_fd, &drain, 8) == 0:
+        return False    # no eventfd: it would be readable for ever
+    return True
 
 
 cdef void segments_free(Segments *self) noexcept nogil:
@@ -484,16 +539,62 @@ cdef class VRing:
 
     def enable_kicks(self):
         """Ask for a kick at the next buffer; true when one came in the meantime (2.7.7.1)."""
+        return self.wants_kick()
+
+    def should_call(self):
+        """Whether the chains pushed since the last question need a used buffer notification."""
+        return self.wants_call()
+
+    def echo(self, int kick_fd, int call_fd, int stop_fd):
+        """Serve the ring here, without the GIL, until `stop_fd` is readable; return the count.
+
+        Each chain's device-readable bytes are copied into its device-writable bytes, as many
+        as fit.  Needs no Python per chain: for benchmarks, and for tests of drivers.
+        Raises RingError on a broken ring.
+        """
+        cdef Segments parts
+        cdef Verdict verdict
+        cdef uint64_t count = 0
+        segments_start(&parts)
+        with nogil:
+            while True:
+                verdict = self.echo_batch(&parts, call_fd, &count)
+                if verdict != FINE:
+                    break
+                if not await_kick(kick_fd, stop_fd, not self.wants_kick()):
+                    break
+        segments_free(&parts)
+        if verdict != FINE:
+            self.running = False
+            raise RingError(f"virtqueue: {VERDICTS[<int> verdict]}")
+        return count
+
+    cdef Verdict echo_batch(self, Segments *parts, int call_fd, uint64_t *count) noexcept nogil:
+        """Echo what is available now, at most one ring full."""
+        cdef Verdict verdict
+        cdef uint16_t head
+        cdef uint64_t one = 1
+        cdef uint32_t turns = self.size
+        while turns and ring_load16_acquire(self.avail + 2) != self.next_avail:
+            segments_clear(parts)
+            verdict = self.take(parts, &head)
+            if verdict != FINE:
+                return verdict
+            self.complete(head, segments_echo(parts))
+            count[0] += 1
+            turns -= 1
+        if self.wants_call() and call_fd >= 0:
+            write(call_fd, &one, 8)     # a full counter is a pending call already
+        return FINE
+
+    cdef bint wants_kick(self) noexcept nogil:
+        """Ask for a kick at the next buffer; whether there is one already."""
         if self.event_idx:
             ring_store16(self.used + RING_HEADER + USED_BYTES * self.size, self.next_avail)
         else:
             ring_store16(self.used, 0)
         ring_fence()
         return ring_load16_acquire(self.avail + 2) != self.next_avail
-
-    def should_call(self):
-        """Whether the chains pushed since the last question need a used buffer notification."""
-        return self.wants_call()
 
     cdef Verdict take(self, Segments *out, uint16_t *head) noexcept nogil:
         """Collect the chain at `next_avail`, which the caller has seen to be available."""

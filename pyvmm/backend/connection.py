@@ -27,6 +27,7 @@ from ..vhost_user.messages import (
 )
 from ..vhost_user.payloads import U64, Config, Empty, VringState
 from ..vhost_user.session import Negotiation, Responder
+from .loop import can_poll
 from .memory import MAX_SLOTS, MemoryTable
 from .queue import Queue, close_fd
 
@@ -235,13 +236,16 @@ class Connection:
         queue = self._queue(payload.index)
         self._unwatch(queue)
         queue.set_kick(taken_fd(message))
+        if queue.kick_fd >= 0 and not can_poll(queue.kick_fd):
+            raise RemoteProtocolError(f"the kick descriptor of virtqueue {queue.index} is no eventfd")
         queue.kicked = True
         if not self.agreed.virtio_acked & F_PROTOCOL_FEATURES:
             queue.enabled = True  # without the feature there is no SET_VRING_ENABLE to wait for
         self._start(queue)
 
     def set_vring_call(self, payload: VringFile, message: Message) -> None:
-        self._queue(payload.index).set_call(taken_fd(message))
+        queue = self._queue(payload.index)
+        self._change(queue, lambda: queue.set_call(taken_fd(message)))
 
     def set_vring_err(self, payload: VringFile, message: Message) -> None:
         self._queue(payload.index).set_error(taken_fd(message))
@@ -267,6 +271,8 @@ class Connection:
             except ValueError as error:
                 raise Refused(f"virtqueue {queue.index}: {error}") from None
             self.device.on_start(queue)
+        if self.device.threaded:
+            return
         self._watch(queue)
         self._serve(queue)  # what came before the kick descriptor did
 
@@ -290,12 +296,22 @@ class Connection:
 
     def _move(self, queue: Queue) -> None:
         """Find a running ring again after its address or the memory changed."""
-        assert queue.ring is not None and queue.addresses is not None
+        ring, addresses = queue.ring, queue.addresses
+        assert ring is not None and addresses is not None
         try:
-            queue.ring.move(self._memory.memory, *queue.addresses)
+            self._change(queue, lambda: ring.move(self._memory.memory, *addresses))
         except ValueError as error:
-            queue.ring.stop()
+            ring.stop()
             raise Refused(f"virtqueue {queue.index}: {error}") from None
+
+    def _change(self, queue: Queue, change: Callable[[], None]) -> None:
+        """Do `change` to a queue; a thread of the device's must not be in there meanwhile."""
+        pause = self.device.threaded and queue.ring is not None
+        if pause:
+            self.device.on_stop(queue)
+        change()
+        if pause:
+            self.device.on_start(queue)
 
     def _watch(self, queue: Queue) -> None:
         if queue.kick_fd < 0:
@@ -303,10 +319,7 @@ class Connection:
                 self._polled.add(queue)
                 self.loop.call_later(POLL_SECONDS, lambda: self._poll(queue))
             return
-        try:
-            self.loop.add_reader(queue.kick_fd, lambda: self._on_kick(queue))
-        except OSError as error:
-            raise RemoteProtocolError(f"a kick descriptor that cannot be polled: {error.strerror}") from None
+        self.loop.add_reader(queue.kick_fd, lambda: self._on_kick(queue))
 
     def _unwatch(self, queue: Queue) -> None:
         if queue.kick_fd >= 0:

@@ -224,3 +224,9 @@ CONTROL_EVENTS: dict[int, Callable[[Console, Port, int], None]] = {
     PORT_READY: Console._on_port_ready,
     PORT_OPEN: Console._on_port_open,
 }
+
+
+if __name__ == "__main__":
+    from .console_program import run
+
+    run()

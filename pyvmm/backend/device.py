@@ -29,6 +29,7 @@ class Device:
     device_id = 0
     features = 0
     queue_sizes: tuple[int, ...] = (256,)
+    threaded = False  # True: `on_start` runs its own thread, which alone touches ring and kick
 
     def __init__(self) -> None:
         self.config = ConfigSpace()
@@ -60,7 +61,10 @@ class Device:
         """The driver accepted `features`, which are also in `driver_features`."""
 
     def on_start(self, queue: Queue) -> None:
-        """`queue` begins to run; `queue.base` is 0 unless it goes on from before a pause."""
+        """`queue` begins to run; `queue.base` is 0 unless it goes on from before a pause.
+
+        A `threaded` device is asked to stop and start again when an eventfd or memory changes.
+        """
 
     def on_queue(self, queue: Queue) -> None:
         """The driver may have made chains available in `queue`."""

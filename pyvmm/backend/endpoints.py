@@ -162,16 +162,6 @@ def hung_up(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def can_poll(fd: int) -> bool:
-    """Whether epoll takes `fd`: it refuses files and /dev/null, which are always ready."""
-    with select.epoll() as epoll:
-        try:
-            epoll.register(fd, 0)
-        except PermissionError:
-            return False
-    return True
-
-
 def endpoint_of(config: PortConfig) -> Endpoint:
     """The endpoint that a port starts with; it owns the descriptors."""
     fd = config.input_fd

@@ -36,6 +36,16 @@ class Watch:
             self._epoll.close()
 
 
+def can_poll(fd: int) -> bool:
+    """Whether a loop can watch `fd`: epoll refuses files and /dev/null, which are always ready."""
+    with select.epoll() as epoll:
+        try:
+            epoll.register(fd, 0)
+        except PermissionError:
+            return False
+    return True
+
+
 class DeviceLoop(EventLoop):
     """`EventLoop` with `add_writer` and `remove_writer`."""
 

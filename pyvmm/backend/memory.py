@@ -29,6 +29,8 @@ def map_region(region: Region, fd: int) -> memoryview:
 
     RemoteProtocolError when the file is shorter than the region: touching it would kill us.
     """
+    if not region.size:  # to mmap, 0 would mean the whole file
+        raise RemoteProtocolError(f"memory region at {region.guest_address:#x} is empty")
     slack = region.mmap_offset % mmap.ALLOCATIONGRANULARITY
     try:
         mapping = mmap.mmap(fd, region.size + slack, mmap.MAP_SHARED, offset=region.mmap_offset - slack)

@@ -16,7 +16,8 @@ import select
 from _socket import socket
 from time import monotonic
 
-from .endpoints import Endpoint, Stream, can_poll, endpoint_of
+from .endpoints import Endpoint, Stream, endpoint_of
+from .loop import can_poll
 from .server import accept
 
 TYPE_CHECKING = False

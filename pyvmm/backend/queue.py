@@ -75,7 +75,7 @@ class Queue:
             if chain is None and ring.enable_kicks():
                 chain = ring.pop()
         except RingError as error:
-            self._broke(error)
+            self.broke(error)
             return None
         return chain
 
@@ -104,17 +104,17 @@ class Queue:
         """Whether chains can be taken now."""
         return self.enabled and self.ring is not None and self.ring.running
 
-    def _broke(self, error: RingError) -> None:
-        """The driver broke the ring, which has stopped for good; the frontend is told."""
-        log.once(("ring", self.index), f"virtqueue {self.index} stopped: {error}")
-        if self.error_fd >= 0:
-            signal_eventfd(self.error_fd)
-
     def _settle(self, chain: Chain) -> None:
         if id(chain) in self._kept:
             self._kept.discard(id(chain))
         elif not chain.pushed:
             chain.push()
+
+    def broke(self, error: RingError) -> None:
+        """The driver broke the ring, which has stopped for good; the frontend is told."""
+        log.once(("ring", self.index), f"virtqueue {self.index} stopped: {error}")
+        if self.error_fd >= 0:
+            signal_eventfd(self.error_fd)
 
     # -- what the connection uses ------------------------------------------------------
 

@@ -1,0 +1,83 @@
+"""A device of our own that gives back what it is given: for benchmarks and tests of drivers.
+
+Each chain's device-readable bytes are copied into its device-writable bytes.  The number
+is one that virtio has not assigned.  Every queue has a thread whose loop is native and holds
+no GIL.  This module owns those threads.
+"""
+
+from __future__ import annotations
+
+import os
+from threading import Thread
+
+from .._native.vring import RingError
+from .device import Device
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .queue import Queue
+
+DEVICE_ID = 63
+
+
+class Echo(Device):
+    """`queues` virtqueues of `size` entries.  `native` False echoes in Python, for comparison."""
+
+    device_id = DEVICE_ID
+
+    def __init__(self, queues: int = 1, size: int = 256, native: bool = True) -> None:
+        super().__init__()
+        self.queue_sizes = (size,) * queues
+        self.threaded = native
+        self.echoed = 0
+        self._workers: dict[int, _Worker] = {}
+
+    def on_start(self, queue: Queue) -> None:
+        if self.threaded:
+            self._workers[queue.index] = _Worker(queue)
+
+    def on_stop(self, queue: Queue) -> None:
+        worker = self._workers.pop(queue.index, None)
+        if worker is not None:
+            self.echoed += worker.stop()
+
+    def on_queue(self, queue: Queue) -> None:
+        for chain in queue:
+            chain.write(chain.read())
+            self.echoed += 1
+
+
+class _Worker:
+    """One queue's thread."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+        self._count = 0
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = Thread(target=self._run, name=f"echo {queue.index}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> int:
+        """End the thread; how many chains it echoed."""
+        os.eventfd_write(self._stop_fd, 1)
+        self._thread.join()
+        os.close(self._stop_fd)
+        return self._count
+
+    def _run(self) -> None:
+        queue = self._queue
+        assert queue.ring is not None
+        try:
+            self._count = queue.ring.echo(queue.kick_fd, queue.call_fd, self._stop_fd)
+        except RingError as error:
+            queue.broke(error)
+
+
+if __name__ == "__main__":
+    from .program import main
+
+    main(
+        "echo",
+        lambda options: Echo(int(options.queues), int(options.size)),
+        [("--queues", "1", "how many virtqueues"), ("--size", "256", "entries of each virtqueue")],
+    )

@@ -1,0 +1,61 @@
+"""The command line of our backends: QEMU's "Backend program conventions" (vhost-user.rst).
+
+It owns `--socket-path`, `--fd` and `--print-capabilities`, and what a stop by signal means.
+It must not know any device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from .. import log
+from ..errors import EXIT_CONFIG, ConfigError
+from .device import Device
+from .loop import DeviceLoop
+from .server import serve
+
+Options = Sequence[tuple[str, str | list[str], str]]  # name, default (a list: may be repeated), help
+
+
+def main(
+    kind: str,
+    make: Callable[[argparse.Namespace], Device],
+    options: Options = (),
+    argv: list[str] | None = None,
+) -> NoReturn:
+    """Parse `argv`, serve `make(arguments)` until SIGTERM or Ctrl-C, and exit."""
+    arguments = _parser(kind, options).parse_args(argv)
+    if arguments.print_capabilities:
+        print(json.dumps({"type": kind, "features": []}))
+        sys.exit(0)
+    log.level = min(arguments.verbose, log.DEBUG)
+    try:
+        where: str | int = arguments.socket_path if arguments.fd is None else arguments.fd
+        loop = DeviceLoop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: loop.stop())
+        serve(make(arguments), where, loop=loop)
+    except (ConfigError, OSError, ValueError) as error:
+        log.warn(f"{kind} backend: {error}")
+        sys.exit(EXIT_CONFIG)
+    sys.exit(0)
+
+
+def _parser(kind: str, options: Options) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pyvmm.backend.{kind}", description=f"A vhost-user {kind} backend."
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--socket-path", metavar="PATH", help="listen here, again after each frontend")
+    where.add_argument("--fd", type=int, metavar="N", help="use this socket, connected or listening")
+    where.add_argument("--print-capabilities", action="store_true", help="describe the backend as JSON")
+    parser.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice for details")
+    for name, default, text in options:
+        extra: dict[str, Any] = {"action": "append"} if isinstance(default, list) else {}
+        parser.add_argument(name, default=default, help=text, **extra)
+    return parser
