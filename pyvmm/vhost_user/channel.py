@@ -25,7 +25,7 @@ from _socket import (
     socket,
 )
 from _socket import socketpair as _socketpair
-from array import array
+from struct import pack, unpack_from
 from time import monotonic
 
 from ..errors import BackendLost, LocalProtocolError, RemoteProtocolError
@@ -54,7 +54,7 @@ class Channel:
 
     def send(self, data: bytes, fds: Sequence[int] = (), deadline: float = 0.0) -> None:
         """Send everything by `deadline` (monotonic seconds); descriptors stay the caller's."""
-        ancillary = [(SOL_SOCKET, SCM_RIGHTS, array("i", fds))] if fds else []
+        ancillary = [(SOL_SOCKET, SCM_RIGHTS, pack(f"={len(fds)}i", *fds))] if fds else []
         while data:
             sent = self._send_some(data, ancillary)
             if sent:
@@ -92,7 +92,7 @@ class Channel:
         """Close the descriptor."""
         self._socket.close()
 
-    def _send_some(self, data: bytes, ancillary: list[tuple[int, int, array[int]]]) -> int:
+    def _send_some(self, data: bytes, ancillary: list[tuple[int, int, bytes]]) -> int:
         try:
             return self._socket.sendmsg([data], ancillary, SEND_FLAGS)
         except BlockingIOError:
@@ -131,11 +131,11 @@ class Channel:
 
 
 def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
-    fds = array("i")
+    fds: list[int] = []
     for level, kind, data in ancillary:
         if level == SOL_SOCKET and kind == SCM_RIGHTS:
-            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
-    return list(fds)
+            fds += unpack_from(f"={len(data) // 4}i", data)
+    return fds
 
 
 def close_all(fds: Iterable[int]) -> None:

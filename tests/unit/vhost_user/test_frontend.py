@@ -451,6 +451,7 @@ def test_death_is_noticed(bench: Bench) -> None:
     backend.channel.shutdown()
     until(lambda: bench.lost)
     assert bench.lost == ["the backend closed the connection"]
+    assert backend.frontend_end.fileno() < 0, "what belongs to the connection is closed at once"
     with pytest.raises(BackendLost, match="closed the connection"):
         frontend.activate(1 << 32, bench.queues())
     frontend.reset()
