@@ -71,6 +71,11 @@ class ConfigSpace:
         self._call(self._before_read, offset, width)
         return int.from_bytes(self.data[offset : offset + width], "little")
 
+    def is_plain(self, offset: int, width: int) -> bool:
+        """Whether reading there is no more than looking at `data`."""
+        hooks = self._before_read
+        return offset & ~3 not in hooks and offset + width - 1 & ~3 not in hooks
+
     def write(self, offset: int, width: int, value: int) -> None:
         """Change the writable ones of the bits at `offset`, then call the hooks there."""
         if offset + width > SIZE:

@@ -71,7 +71,13 @@ class PciFunction:
 
     # -- for the host bridge ---------------------------------------------------------
     def config_read(self, offset: int, width: int) -> int:
-        """Configuration read; `offset` below 4096."""
+        """Configuration read; `offset` below 4096.
+
+        Linux reads thousands of times at boot, nearly always where nothing but bytes is.
+        """
+        config = self.config
+        if config.is_plain(offset, width):
+            return int.from_bytes(config.data[offset : offset + width], "little")
         with self._config_lock:
             return self.config.read(offset, width)
 

@@ -22,7 +22,7 @@ from .function import Bar, PciFunction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ..irq import InterruptRouter
 
@@ -56,6 +56,7 @@ class PciHost:
         self._mmio = mmio
         self._router = router
         self._functions: dict[int, PciFunction] = {}
+        self._reads: dict[int, Callable[[int, int], int]] = {}
         self._map_lock = Lock()
         self._mapped: dict[tuple[PciFunction, int], int] = {}
         self.window32 = Window(layout.MMIO32_BASE, layout.MMIO32_SIZE)
@@ -85,6 +86,7 @@ class PciHost:
         function.config.put(cfg.INTERRUPT_LINE, 1, gsi)
         function.attach(self._remap, self._router.line(gsi) if pin else None)
         self._functions[place] = function
+        self._reads[place] = function.config_read
         self._mark_multifunction(slot)
         return slot, number
 
@@ -116,10 +118,8 @@ class PciHost:
     # -- ECAM (PCI Express 7.2.2): bits 19..12 device and function, 11..0 register ----------
     def read(self, offset: int, width: int) -> int:
         """Configuration read through ECAM; all ones where no function is."""
-        function = self._functions.get(offset >> 12)
-        if function is None:
-            return (1 << 8 * width) - 1
-        return function.config_read(offset & 0xFFF, width)
+        read = self._reads.get(offset >> 12)
+        return read(offset & 0xFFF, width) if read else (1 << 8 * width) - 1
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Configuration write through ECAM."""

@@ -135,8 +135,6 @@ class VirtioDevice:
             self._set_driver_bits(written)
 
     def _activate(self) -> None:
-        if self._started:
-            return
         enabled = [queue for queue in self.queues if queue.enabled]
         for queue in enabled:
             fault = queue.fault(self._ram)

@@ -7,10 +7,18 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 from collections.abc import Callable, Sequence
 
 from pyvmm.virtio import spec
 from pyvmm.virtio.queue import QueueSetup
+
+
+def readable(fd: int) -> bool:
+    """Whether an eventfd has a count."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class FakeVm:
@@ -23,6 +31,7 @@ class FakeVm:
         self.doorbells: dict[int, int] = {}  # address -> fd
         self.log: list[str] = []
         self.refuse: set[str] = set()
+        self.strict = True  # False where somebody may signal at any time
 
     def set_gsi_routing(self, routes: list[tuple[int, int, int, int, int]]) -> None:
         self._permit("routing")
@@ -36,6 +45,8 @@ class FakeVm:
         if assign:
             assert any(route[0] == gsi for route in self.routes), f"irqfd for GSI {gsi} without a route"
             assert fd not in self.irqfds
+            # KVM would inject this and leave it in the counter, to look pending again later
+            assert not (self.strict and readable(fd)), "irqfd assigned with a count in it"
             self.irqfds[fd] = gsi
         else:
             assert self.irqfds.pop(fd) == gsi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 from fakes.devices import FakeVm
@@ -67,10 +68,12 @@ def test_gsis_are_used_again_and_end(router):
 def test_irqfds(vm, router):
     gsi = router.allocate_gsi()
     router.set_msi(gsi, 0xFEE0_0000, 5)
-    router.assign(77, gsi)
-    assert vm.message(77) == (0xFEE0_0000, 5)
-    router.deassign(77, gsi)
-    assert vm.message(77) is None
+    fd = os.eventfd(0)
+    router.assign(fd, gsi)
+    assert vm.message(fd) == (0xFEE0_0000, 5)
+    router.deassign(fd, gsi)
+    assert vm.message(fd) is None
+    os.close(fd)
 
 
 def test_shared_lines_are_ored(vm, router):

@@ -319,6 +319,13 @@ class TestConfigSpace:
         space.read(0x40, 8)
         assert seen == ["low", "high", "low", "high", "low", "read"]
 
+    def test_nothing_grows_past_the_end(self):
+        space = ConfigSpace(IDENTITY)
+        space.allow(0xFC, 4, 0xFFFF_FFFF)
+        space.write(0xFE, 4, 0xFFFF_FFFF)
+        assert len(space.data) == cfg.SIZE
+        assert space.read(0xFC, 8) == 0
+
     def test_only_writable_bits_change(self):
         space = ConfigSpace(IDENTITY)
         space.write(cfg.COMMAND, 2, 0xFFFF)

@@ -274,3 +274,38 @@ def test_many_queues(machine):
     assert driver.vectors() == 257
     assert len(machine.vm.irqfds) == 257
     assert len({machine.vm.message(fd) for fd in machine.vm.irqfds}) == 257
+
+
+def test_enabled_queues_are_fixed(machine, backend):
+    machine.add(backend)
+    driver = machine.driver()
+    driver.probe()
+    driver.negotiate()
+    driver.queue(0)
+    before = [driver.get(offset, 4) for offset in range(32, 56, 4)]
+    for offset, width in ((24, 2), (32, 4), (36, 4), (40, 8), (48, 4)):
+        driver.set(offset, width, 64)
+    assert [driver.get(offset, 4) for offset in range(32, 56, 4)] == before
+    assert driver.get(24, 2) == 128
+    driver.set(28, 2, 0)
+    assert driver.get(28, 2) == 1
+    driver.set(22, 2, 1)
+    for value in (0, 2, 0xFFFF):
+        driver.set(28, 2, value)
+        assert driver.get(28, 2) == 0
+    driver.add_status(spec.DRIVER_OK)
+    driver.queue(1)  # too late
+    assert driver.get(28, 2) == 0
+    assert [*backend.active] == [0]
+
+
+def test_registers_of_absent_queues(machine, backend):
+    machine.add(backend)
+    driver = machine.driver()
+    driver.probe()
+    for index in (2, 0xFFFF):
+        driver.set(22, 2, index)
+        for offset, width in ((24, 2), (26, 2), (28, 2), (32, 8)):
+            driver.set(offset, width, 1)
+        assert (driver.get(24, 2), driver.get(26, 2), driver.get(28, 2)) == (0, spec.NO_VECTOR, 0)
+        assert driver.get(32, 8) == 0
