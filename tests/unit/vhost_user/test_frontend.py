@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from fakes import backend as fake
 from fakes.backend import FakeBackend, FakeKind, Surroundings, no_new_fds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyvmm.errors import BackendLost, ConfigError, RemoteProtocolError
-from pyvmm.vhost_user.codec import Decoder, encode_request
+from pyvmm.vhost_user.codec import Decoder, Message, encode_request
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.memory import USER_BASE
-from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, Request, RequestTable
+from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, HEADER, Request, RequestTable
 from pyvmm.vhost_user.messages import ProtocolFeature as P
 from pyvmm.vhost_user.payloads import (
     U64,
@@ -620,3 +622,37 @@ def test_protocol_features_that_do_not_exist_are_not_acked(bench: Bench) -> None
 def test_backend_with_too_few_queues(bench: Bench, count: int) -> None:
     with pytest.raises(ConfigError, match=f"2 queues, but the backend has {count}"):
         bench.frontend(bench.backend(queues=count))
+
+
+HEADERS = st.builds(
+    HEADER.pack,
+    st.integers(0, 45) | st.integers(0, 0xFFFFFFFF),
+    st.sampled_from([5, 1, 9]) | st.integers(0, 0xFFFFFFFF),
+    st.sampled_from([0, 8, 12, 28, 40]) | st.integers(0, 0xFFFFFFFF),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from([name for name, _ in EVERY_MESSAGE] + ["GET_VRING_BASE", "SET_CONFIG"]),
+    answer=st.binary(max_size=64) | st.builds(bytes.__add__, HEADERS, st.binary(max_size=64)),
+)
+def test_any_answer_costs_the_device_at_most(name: str, answer: bytes) -> None:
+    """Whatever comes back: errors of the documented classes, answers to the guest, nothing left open."""
+
+    def say(backend: FakeBackend, message: Message) -> bytes:
+        backend.responder.answering = None
+        return answer
+
+    with no_new_fds():
+        bench = Bench()
+        try:
+            frontend = bench.frontend(bench.backend(script={name: say}), deadline=0.05)
+            frontend.activate(1 << 32, bench.queues())
+            assert len(frontend.read_config(0, 4)) == 4
+            frontend.write_config(0, b"x")
+            frontend.reset()
+        except (ConfigError, RemoteProtocolError):
+            pass
+        finally:
+            bench.close()
