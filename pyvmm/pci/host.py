@@ -110,6 +110,12 @@ class PciHost:
                 lines.append(f"        BAR {bar.index}: {address:#x} size {bar.size:#x}{state}")
         return lines
 
+    def reset(self) -> None:
+        """The machine restarts: every function as it was added; no virtual CPU runs."""
+        self.ports.reset()
+        for function in self._functions.values():
+            function.reset()
+
     def close(self) -> None:
         """Close every function."""
         for function in self._functions.values():
@@ -201,6 +207,10 @@ class ConfigPorts:
 
     def __init__(self, host: PciHost) -> None:
         self._host = host
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the address."""
         self._address = 0
 
     def read(self, offset: int, width: int) -> int:

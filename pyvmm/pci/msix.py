@@ -31,6 +31,7 @@ ENABLE, FUNCTION_MASK = 0x8000, 0x4000  # message control
 VECTOR_MASK = 1  # vector control
 ENTRY_WORDS = 4
 CONTROL_WORD = 3
+FRESH = (0, 0, 0, VECTOR_MASK)  # address low, address high, data, vector control
 WORD = 0xFFFF_FFFF
 
 
@@ -59,7 +60,7 @@ class Vector:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.gsi: int | None = None
         self.live = False
-        self.words = [0, 0, 0, VECTOR_MASK]  # address low, address high, data, vector control
+        self.words = [*FRESH]
 
 
 class MsixTable:
@@ -106,6 +107,13 @@ class MsixTable:
         """Drop pending events of `vectors`: whoever caused them was reset."""
         for vector in vectors:
             drain(self._vectors[vector].fd)
+
+    def reset(self) -> None:
+        """Disabled, every vector masked and empty, nothing pending."""
+        self.set_control(0)
+        for vector in self._vectors:
+            vector.words[:] = FRESH
+        self.drain(range(len(self._vectors)))
 
     def close(self) -> None:
         """Take every vector from KVM and close its eventfd."""

@@ -101,6 +101,13 @@ class VirtioPciFunction(PciFunction):
         if self._doorbell_base is not None:
             self._bind_doorbells(self._doorbell_base, assign=True)
 
+    def reset(self) -> None:
+        """The machine restarts: stop the backend, then as a driver finds it first."""
+        with self.device.driver_lock:
+            self.device.write_status(0)
+        self.msix.reset()
+        super().reset()
+
     def close(self) -> None:
         """Unbind doorbells and interrupts, then close the backend; no virtual CPU runs any more."""
         if self._doorbell_base is not None:

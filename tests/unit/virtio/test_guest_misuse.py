@@ -65,7 +65,7 @@ def works_afterwards(machine: PciMachine, backend: FakeBackend) -> None:
     assert backend.active is not None and len(backend.active) == 3
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(BAR_ACCESS, BAR_ACCESS, CONFIG_ACCESS, EVENT), max_size=30))
 def test_random_accesses(accesses):
     with running() as (machine, backend):
