@@ -134,16 +134,16 @@ def _run(
 
 def _follow(process: subprocess.Popen[bytes], copy: IO[bytes], heard: Callable[[int], None] | None) -> int:
     assert process.stdout is not None
-    try:
-        for number, line in enumerate(process.stdout):
-            copy.write(line)
-            if heard is not None:
-                heard(number)
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    with process:
+        try:
+            for number, line in enumerate(process.stdout):
+                copy.write(line)
+                if heard is not None:
+                    heard(number)
+        except BaseException:
+            process.terminate()
+            raise
+    return process.returncode
 
 
 def _start(argv: Sequence[str], folder: str) -> subprocess.Popen[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -156,12 +157,10 @@ def test_input_of_any_kind(start: Start, tmp_path: Path, kind: str) -> None:
         init.exit()
 
     (tmp_path / "input").write_bytes(wanted)
-    if kind == "pipe":
-        stream = os.popen(f"cat {tmp_path}/input")
-    else:
-        stream = open("/dev/null" if kind == "null" else tmp_path / "input")  # noqa: SIM115
-    with stream:
-        start(guest, stream.fileno()).run()
+    path = "/dev/null" if kind == "null" else f"{tmp_path}/input"
+    with subprocess.Popen(["cat", path], stdout=subprocess.PIPE) as cat, open(path) as file:
+        assert cat.stdout is not None
+        start(guest, cat.stdout.fileno() if kind == "pipe" else file.fileno()).run()
     assert got == [wanted]
 
 

@@ -1,0 +1,117 @@
+"""The lab's parts that need no machine: its command line, its console, its progress line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import ConfigError, GuestCrash, GuestError, GuestPanic
+from pyvmm.host import emulator, lab
+from pyvmm.host.console import ConsoleLog
+from pyvmm.host.progress import Progress
+from pyvmm.loop import EventLoop
+
+
+def command(**changes: object) -> list[str]:
+    values: dict[str, object] = {
+        "memory": 2 << 30,
+        "cpus": 3,
+        "kernel": "/k",
+        "initramfs": "/i",
+        "files": [("root", 7), ("share0", 8)],
+        "channel": 5,
+        "console": 6,
+        "quiet": True,
+    }
+    return emulator.command(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / emulator.QEMU).write_text("#!/bin/sh\n")
+    (tmp_path / emulator.QEMU).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def test_the_machine_has_svm_and_shared_memory(qemu: None) -> None:
+    words = " ".join(command())
+    assert "-cpu max,+svm,la57=off" in words
+    assert "-m 2048M -smp 3" in words
+    assert "memory-backend-memfd,id=ram,size=2048M,share=on" in words
+    assert "socket,id=command,fd=5" in words and "name=pyvmm.command" in words
+    assert "vhost-user-fs-pci,chardev=share0,tag=share0" in words and "socket,id=share0,fd=8" in words
+    assert "panic=-1 quiet" in words
+    assert "quiet" not in " ".join(command(quiet=False))
+
+
+def test_without_qemu_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="apt-get install qemu-system-x86"):
+        command()
+
+
+def test_only_directories_can_be_shared(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="--share .*file: no such directory"):
+        lab.run_in_lab(["true"], share=[str(tmp_path / "file")])
+
+
+def test_inside_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(lab.MARK, raising=False)
+    assert not lab.inside()
+    monkeypatch.setenv(lab.MARK, "1")
+    assert lab.inside()
+
+
+PANIC = b"[    1.5] Kernel panic - not syncing: VFS: no root\r\n[    1.6] CPU: 0\r\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "words"),
+    [
+        (PANIC, GuestPanic, "its kernel panicked: VFS: no root"),
+        (b"pyvmm-init: fatal: no virtio-console port\n", GuestError, "its init said: no virtio-console port"),
+        (b"[ 1.0] hello\r\n", GuestCrash, "its console's last line: [ 1.0] hello; the emulator said: bad fd"),
+        (b"", GuestCrash, "without a word; the emulator said: bad fd"),
+    ],
+)
+def test_why_a_machine_ended(text: bytes, kind: type[GuestError], words: str) -> None:
+    with EventLoop() as loop:
+        console = ConsoleLog(loop)
+        with console.take_socket() as machine:
+            machine.sendall(text)
+        console.drain()
+        error = console.explain("bad fd")
+        console.close()
+    assert type(error) is kind
+    assert words in str(error)
+
+
+def test_progress_is_for_terminals_only(capfd: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("lab")
+    progress.show("starting")
+    progress.clear()
+    assert capfd.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_leaves_a_clean_line() -> None:
+    ours, theirs = os.openpty()
+    saved = os.dup(2)
+    try:
+        os.dup2(theirs, 2)
+        progress = Progress("lab")
+        progress.show("starting")
+        progress.clear()
+        progress.clear()
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+    text = b""
+    while text.count(b"\r\033[K") < 2:
+        text += os.read(ours, 4096)
+    os.close(ours)
+    os.close(theirs)
+    assert b"[lab] starting" in text
+    assert text.endswith(b"\r\033[K") and text.count(b"\r\033[K") == 2
