@@ -26,13 +26,12 @@ class Mode(Record):
 
     entry: int
     levels: tuple[int, ...]
-    large_from: int  # the first level (0 is the top) whose entries may map a page
 
 
-_LONG = Mode(8, (9, 9, 9, 9), 1)
-_LA57 = Mode(8, (9, 9, 9, 9, 9), 2)
-_PAE = Mode(8, (2, 9, 9), 1)
-_LEGACY = Mode(4, (10, 10), 0)
+_LONG = Mode(8, (9, 9, 9, 9))
+_LA57 = Mode(8, (9, 9, 9, 9, 9))
+_PAE = Mode(8, (2, 9, 9))
+_LEGACY = Mode(4, (10, 10))
 
 
 def translate(address: int, sregs: Mapping[str, Any], read: Read) -> int | None:
@@ -45,7 +44,7 @@ def translate(address: int, sregs: Mapping[str, Any], read: Read) -> int | None:
     mode = _mode(sregs)
     table: int = sregs["cr3"] & _ADDRESS & (~0x1F if mode is _PAE else ~(_PAGE - 1))
     shift = 12 + sum(mode.levels)
-    for level, bits in enumerate(mode.levels):
+    for bits in mode.levels:
         shift -= bits
         index = address >> shift & (1 << bits) - 1
         data = read(table + index * mode.entry, mode.entry)
@@ -53,7 +52,7 @@ def translate(address: int, sregs: Mapping[str, Any], read: Read) -> int | None:
         if not entry & _PRESENT:
             return None
         table = entry & _ADDRESS & -_PAGE
-        if shift > 12 and level >= mode.large_from and entry & _LARGE:
+        if shift > 12 and entry & _LARGE:  # reserved, so never set, where no page can be
             break
     offset = (1 << shift) - 1
     return table & ~offset | address & offset

@@ -88,6 +88,7 @@ def test_linux64(machine: Machine, notes: bytes, protocol: str) -> None:
     assert machine.memory[cmdline:].split(b"\0", 1)[0] == b"quiet"
     address, size = unpack_from("<II", page, 0x218)
     assert machine.memory[address : address + size] == b"x" * 5000
+    assert unpack_from("<III", page, 0xC0) == (0, 0, 0)
     rows = [unpack_from("<QQI", page, 0x2D0 + 20 * index) for index in range(page[0x1E8])]
     assert (MIB, RAM_SIZE - MIB, 1) in rows
     assert rows == sorted(rows)
@@ -251,6 +252,7 @@ def test_damaged_payload(machine: Machine, compression: str, harm: str) -> None:
         (lambda path: path.mkdir(), "not a regular file"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(bytes(40 * MIB)), "do not fit.*--memory size="),
+        (lambda path: path.write_bytes(bytes(RAM_SIZE - MIB)), "do not fit.*--memory size="),
     ],
 )
 def test_bad_initramfs(machine: Machine, make: object, told: str) -> None:

@@ -117,12 +117,15 @@ def test_without_a_place_for_it_the_kernel_still_unpacks(cache: Cache) -> None:
     assert cache.open() == (ELF, "")
 
 
-def test_a_bomb_is_stopped_at_the_size_it_claims(cache: Cache) -> None:
+def test_a_bomb_is_stopped_at_the_size_it_claims(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(payload, "_write_all", lambda fd, data: written.append(len(data)))
     bomb = kernels.COMPRESSORS["zstd"](bytes(64 << 20)) + (4096).to_bytes(4, "little")
     cache.kernel.write_bytes(kernels.bzimage(bomb))
     with pytest.raises(ConfigError, match="does not unpack to 4096 bytes"):
         cache.open()
     assert cache.names() == []
+    assert sum(written) <= 4096
 
 
 def test_a_missing_decompressor_is_named(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:

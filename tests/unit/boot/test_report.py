@@ -41,6 +41,7 @@ class Guest:
         linux64.write(ram, linux64.default_header(), layout.CMDLINE, (0, 0), 0)
         ram.write(RIP - 2, b"\x90\x90\x0f\x01\xca\xc3")
         ram.write(0x30_0008, (KERNEL_MAP + 0x20_0123).to_bytes(8, "little"))
+        ram.write(0x30_0010, (0x20_0155).to_bytes(8, "little"))  # a number, no return address
         self.read = ram.read
         self.regs = dict.fromkeys(NAMES, 0) | {"rip": RIP, "rsp": 0x30_0000, "rbx": 0x1234}
         self.sregs: dict[str, Any] = cpu.boot_sregs(cpu.BootState(cpu.LINUX64, 0, 0), {})
@@ -94,7 +95,7 @@ def test_code_registers_and_stack(guest: Guest) -> None:
     assert f"cr3 {layout.BOOT_PML4:x}" in text
     assert "cs 10:0/ffffffff type b dpl 0" in text
     assert "ldt -" in text
-    assert "on the stack: helper+0x23/0x100" in text
+    assert "  on the stack: helper+0x23/0x100\n" in text + "\n"
 
 
 def test_what_kvm_saw_is_shown(guest: Guest) -> None:

@@ -223,6 +223,13 @@ def test_modem_deltas_are_cleared_by_reading(port: Port) -> None:
     assert not port.line
 
 
+def test_of_the_ring_indicator_the_falling_edge_counts(port: Port) -> None:
+    port.put(MCR, uart.MCR_LOOP | uart.MCR_OUT1)
+    assert port.get(MSR) & 0x44 == uart.MSR_RI
+    port.put(MCR, uart.MCR_LOOP)
+    assert port.get(MSR) & 0x44 == 0x04
+
+
 def test_the_interrupt_needs_out2(port: Port) -> None:
     port.put(MCR, 0)
     port.put(IER, uart.IER_RECEIVED)
