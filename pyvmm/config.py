@@ -125,8 +125,6 @@ def _plain_path(text: str) -> str:
     return options.string(text)
 
 
-
-
 CPUS_KEYS = (
     Key("boot", options.integer, 1),
     Key("max", options.integer),
@@ -181,7 +179,7 @@ def cpus(text: str) -> CpusConfig:
     if not 1 <= count <= MAX_CPUS:
         raise ConfigError(f"--cpus: boot={count}: 1 to {MAX_CPUS} virtual CPUs are possible")
     if values["max"] not in (None, count):
-        raise ConfigError(f"--cpus: max={values['max']}: CPUs are not hot-plugged; make it equal to boot={count}")
+        raise ConfigError(f"--cpus: max={values['max']}: CPUs are not hot-plugged; use max={count}")
     return CpusConfig(count)
 
 
@@ -232,7 +230,7 @@ def fs(text: str) -> FsDevice:
     """`tag=TAG,dir=DIR` or `tag=TAG,socket=PATH`, and queue keys."""
     values = options.parse("--fs", text, FS_KEYS)
     if bool(values["dir"]) == bool(values["socket"]):
-        raise ConfigError("--fs: exactly one of dir= (pyvmm starts virtiofsd) and socket= (it runs) is needed")
+        raise ConfigError("--fs: one of dir= (pyvmm starts virtiofsd) and socket= (it runs) is needed")
     if not 1 <= len(values["tag"].encode()) <= 36:
         raise ConfigError(f"--fs: tag={values['tag']}: 1 to 36 bytes are needed")
     check_queue_size("--fs", values["queue_size"])

@@ -114,7 +114,7 @@ def config_bytes(option: str, text: str, kind: Kind) -> bytes | None:
             return _config_fields(text[1:-1], kind)
         return bytes.fromhex(text)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}: config={text}: {error}; hex digits, @FILE or [field=value,...]") from None
+        raise ConfigError(f"{option}: config={text}: {error}; give hex, @FILE or [field=value,...]") from None
 
 
 def _config_fields(text: str, kind: Kind) -> bytes:
@@ -152,7 +152,7 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     sizes = device.queue_sizes or (256,) * kind.usual_queues
     fault = kind.queue_fault(len(sizes))
     if fault and not device.force:
-        raise ConfigError(f"{option}: {fault}; give that many queue_sizes=, or --force if you know the driver")
+        raise ConfigError(f"{option}: {fault}; give so many queue_sizes=, or --force if you know the driver")
     where = device.socket if device.fd < 0 else device.fd
     config = config_bytes(option, device.config, kind)
     return Prepared(device.id or kind.name, kind, sizes, where, config=config, force=device.force)
@@ -171,7 +171,8 @@ def _fs(device: cfg.FsDevice) -> Prepared:
 def _disk(device: cfg.DiskDevice) -> Prepared:
     backend = backends.start_disk(device)
     sizes = (device.queue_size,) * device.num_queues
-    return Prepared(device.id or f"disk {device.path}", _kind("block"), sizes, backend.endpoint, backend=backend)
+    name = device.id or f"disk {device.path}"
+    return Prepared(name, _kind("block"), sizes, backend.endpoint, backend=backend)
 
 
 def _rng(device: cfg.RngDevice) -> Prepared:

@@ -1,4 +1,4 @@
-"""A command that runs somewhere else in this process's name: its signals and its terminal.
+"""A command that runs somewhere else in this process's name: its signals, terminal, directories.
 
 It owns the signal handlers while such a command runs.  It does not know where that is: a
 guest and the lab both take `signal` and `resize`.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+
+from .errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +32,14 @@ def terminal_size() -> tuple[int, int] | None:
         return None
     columns, rows = os.get_terminal_size(1)
     return rows, columns
+
+
+def shared_directory(option: str, path: str) -> str:
+    """Absolute path, without links, of a directory that the command shall share."""
+    real = os.path.realpath(path)
+    if not os.path.isdir(real):
+        raise ConfigError(f"{option} {path}: no such directory; make it first")
+    return real
 
 
 class Foreground:

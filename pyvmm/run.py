@@ -35,10 +35,7 @@ from .vm import CRASH, Outcome, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from .guest.channel import Outcome as CommandOutcome
-    from .record import Record as Device
 
 ROOT_TAG = "root"
 # Kernel arguments: no probing of what is not there, a restart at once after a panic.
@@ -70,7 +67,8 @@ _GUEST_STAGES = {
 
 
 class RunConfig(Record):
-    """What to run and in which guest.  `memory` is in bytes; `timeout` 0 is none."""
+    """What to run and in which guest.  `memory` is in bytes; `timeout` 0 is none; the directories in
+    `share` are at the same paths in the guest, and writable."""
 
     argv: tuple[str, ...]
     kernel: str
@@ -84,7 +82,7 @@ class RunConfig(Record):
     env: tuple[str, ...] = ()
     cwd: str = "/"
     root: str = "/"
-    devices: tuple[Device, ...] = ()
+    share: tuple[str, ...] = ()
 
 
 class Stages:
@@ -127,8 +125,8 @@ class CommandRun:
         ours, theirs = socket.socketpair()
         with theirs:
             self._channel = CommandChannel(
-                self._loop, ours, self._spec(), self._command_ended, stdin=stdin, stdout=stdout, stderr=stderr,
-                on_stage=self._stage, on_warning=log.warn,
+                self._loop, ours, self._spec(), self._command_ended,
+                stdin=stdin, stdout=stdout, stderr=stderr, on_stage=self._stage, on_warning=log.warn,
             )  # fmt: skip
             self._vm = Vm(self._machine(theirs.fileno()), self._loop)
         self.stages.mark("machine built")
@@ -171,6 +169,7 @@ class CommandRun:
             tty=config.tty,
             root=protocol.Mount("/", ROOT_TAG, "virtiofs", "ro"),
             overlay=True,
+            mounts=tuple(protocol.Mount(path, f"share{i}") for i, path in enumerate(config.share)),
         )
 
     def _machine(self, command_fd: int) -> VmConfig:
@@ -185,7 +184,7 @@ class CommandRun:
             (
                 ConsoleDevice(StreamConfig("null"), (command,)),
                 FsDevice(ROOT_TAG, config.root, readonly=True, cache="always"),
-                *config.devices,
+                *(FsDevice(f"share{i}", path) for i, path in enumerate(config.share)),
             ),
         )
 

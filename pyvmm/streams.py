@@ -70,7 +70,9 @@ class ListeningStream(Stream):
             self.listener.listen(1)
         except OSError as error:
             self.listener.close()
-            raise ConfigError(f"{option}: cannot listen at {path}: {error.strerror}; choose another path") from error
+            raise ConfigError(
+                f"{option}: cannot listen at {path}: {error.strerror}; use another path"
+            ) from error
 
     def accept(self) -> None:
         """Take the waiting peer; an earlier one is dropped."""
@@ -120,7 +122,7 @@ def _file(option: str, path: str) -> Stream:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise ConfigError(f"{option}: {path}: {error.strerror}; a file that can be written is needed") from error
+        raise ConfigError(f"{option}: {path}: {error.strerror}; a writable file is needed") from error
     return Stream(-1, fd, (fd,))
 
 

@@ -14,7 +14,6 @@ from . import devices, layout, log
 from .acpi.tables import build_tables
 from .boot import cpu, cpuid, load
 from .bus import Bus
-from .errors import ConfigError, GuestCrash
 from .irq import InterruptRouter
 from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
 from .pci.host import PciHost
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
     from .config import MemoryConfig, VmConfig
     from .loop import EventLoop
 
+    Ended = tuple[int, dict[str, Any]]  # what Vcpu.run returns
+
 OFF, RESET, CRASH, STOPPED = "off", "reset", "crash", "stopped"
-REASON_SHUTDOWN = 8  # KVM_EXIT_SHUTDOWN: a triple fault
 
 
 class Outcome(Record):
@@ -58,6 +58,7 @@ class Vm:
         self.config = config
         self.loop = loop
         self.outcome: Outcome | None = None
+        self._crash: tuple[int, Ended] | None = None
         self._owned = ExitStack()
         try:
             self._build()
@@ -75,6 +76,8 @@ class Vm:
             stopped = self.threads.stop()
         if not stopped:
             log.warn("a virtual CPU did not stop in time; its thread is left behind")
+        if self._crash is not None:
+            return Outcome(CRASH, self._report(*self._crash))
         return self.outcome or Outcome(STOPPED)
 
     def stop(self) -> None:
@@ -107,8 +110,8 @@ class Vm:
         self.boot = self._load_payload()
         self.pci = self._add_pci(prepared)
         self._write_tables()
-        vcpus = self._create_vcpus()
-        self.threads = VcpuThreads(vcpus, Exits(self.mmio, self.pio), self._vcpu_ended)
+        self._vcpus = self._create_vcpus()
+        self.threads = VcpuThreads(self._vcpus, Exits(self.mmio, self.pio), self._vcpu_ended)
 
     def _own(self, thing: Any) -> Any:
         self._owned.callback(thing.close)
@@ -175,9 +178,7 @@ class Vm:
         topology = cpuid.Topology(cores=count)
         deadline_timer = bool(self.vm.check_extension(_native_kvm().KVM_CAP_TSC_DEADLINE_TIMER))
         for vcpu in vcpus:
-            vcpu.set_cpuid(
-                cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer)
-            )
+            vcpu.set_cpuid(cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer))
             vcpu.set_msrs(cpu.boot_msrs())
             vcpu.set_fpu_default()
         vcpus[0].set_sregs(cpu.boot_sregs(self.boot, vcpus[0].get_sregs()))
@@ -191,14 +192,34 @@ class Vm:
             self.outcome = outcome
         self.loop.stop()
 
-    def _vcpu_ended(self, index: int, ended: tuple[int, dict[str, Any]] | BaseException) -> None:
+    def _vcpu_ended(self, index: int, ended: Ended | BaseException) -> None:
         """A virtual CPU left its loop without being asked; called in its thread."""
+        self.loop.call_soon_threadsafe(lambda: self._crashed(index, ended))
+
+    def _crashed(self, index: int, ended: Ended | BaseException) -> None:
         if isinstance(ended, BaseException):
-            self._failure = ended
-            self._end(Outcome(CRASH, f"virtual CPU {index}: {type(ended).__name__}: {ended}"))
-            return
-        reason, details = ended
-        self._end(Outcome(CRASH, f"virtual CPU {index}: {reason} {details}"))
+            raise ended  # a fault of ours, or KVM_RUN itself failed: through the loop to whoever called `run`
+        if self.outcome is None:
+            self._crash = (index, ended)
+            self._end(Outcome(CRASH))
+
+    def _report(self, index: int, ended: Ended) -> str:
+        """What is known of a crash; all virtual CPUs stand still by now."""
+        from .boot import report, symbols
+        from .boot.ram import GuestRam as Reader
+        from .host import accel
+
+        vcpu = self._vcpus[index]
+        with memoryview(self.ram) as view:
+            return report.crash_report(
+                index,
+                ended,
+                vcpu.get_regs(),
+                vcpu.get_sregs(),
+                Reader(view, self.ranges).read,
+                symbols.find(self.config.payload.kernel, self.boot),
+                bool(accel.why_not()),
+            )
 
 
 def _native_kvm() -> Any:

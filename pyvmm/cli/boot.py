@@ -29,7 +29,7 @@ COMMAND = Command(
         Option("--cpus", "boot=N", f"virtual CPUs, 1 to {config.MAX_CPUS} (default 1)"),
         Option("--memory", "size=SIZE[,hugepages=on][,prefault=on]", "guest RAM (default 512M)"),
         Option("--disk", "path=FILE[,readonly=on][,direct=on][,num_queues=N]", "raw or qcow2 image", True),
-        Option("--fs", "tag=TAG,dir=DIR[,readonly=on] or tag=TAG,socket=PATH", "directory over virtio-fs", True),
+        Option("--fs", "tag=TAG,dir=DIR[,readonly=on] or tag=TAG,socket=PATH", "virtio-fs", True),
         Option(
             "--generic-vhost-user",
             "socket=PATH,device_type=NAME|ID[,queue_sizes=[N,...]][,config=HEX|@FILE|[FIELD=V,...]]",
@@ -47,7 +47,8 @@ COMMAND = Command(
     examples=(
         (
             "a disk image and this directory",
-            'pyvmm --kernel vmlinux --disk path=image.raw --fs tag=src,dir=. --cmdline "console=hvc0 root=/dev/vda rw"',
+            "pyvmm --kernel vmlinux --disk path=image.raw --fs tag=src,dir=. \\\n"
+            '      --cmdline "console=hvc0 root=/dev/vda rw"',
         ),
         (
             "a backend that already listens",
@@ -82,10 +83,9 @@ def machine(given: Arguments) -> config.VmConfig:
     serial = config.stream("--serial", given.text("serial", "null"))
     if console.mode == serial.mode == "tty":
         raise ConfigError("--serial tty: the terminal is --console's; give --console off or another place")
+    protocol = config.protocol(given.text("protocol", "auto"))
     return config.VmConfig(
-        payload=config.PayloadConfig(
-            kernel, given.text("cmdline"), given.text("initramfs"), config.protocol(given.text("protocol", "auto"))
-        ),
+        payload=config.PayloadConfig(kernel, given.text("cmdline"), given.text("initramfs"), protocol),
         cpus=config.cpus(given.text("cpus")),
         memory=config.memory(given.text("memory")),
         serial=serial,

@@ -7,7 +7,7 @@ import sys
 
 from .. import config, log
 from ..errors import ConfigError
-from ..foreground import terminal_size
+from ..foreground import shared_directory, terminal_size
 from ..guest import initramfs
 from ..host import kernels
 from .lab import memory
@@ -16,6 +16,7 @@ from .parse import Command, Option, parse
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import Any
 
     from ..host.kernels import Kernel
     from .parse import Arguments
@@ -26,10 +27,11 @@ COMMAND = Command(
     "it, and end with CMD's exit status.  Without CMD, show the guest and how long each stage took.",
     "run [options] [-- CMD ...]",
     (
-        Option("--kernel", "NAME|FILE", "own, debian, boot, a release, or a vmlinux or bzImage (default: the first there is)"),
+        Option("--kernel", "NAME|FILE", "own, debian, boot, a release or a file (default: see kernel list)"),
         Option("--modules", "DIR", "the kernel's lib/modules/RELEASE (default: found beside the kernel)"),
         Option("--memory", "SIZE", "guest RAM (default 1G)"),
         Option("--cpus", "N", f"virtual CPUs, 1 to {config.MAX_CPUS} (default 1)"),
+        Option("--share", "DIR", "directory that stays writable through to the host", True),
         Option("--append", "TEXT", "more kernel arguments"),
         Option("--timeout", "SECONDS", "end the guest after this time, with status 124"),
         Option("--accel", "auto|kvm|lab", "this host's KVM, or the emulated machine (default: what works)"),
@@ -37,7 +39,7 @@ COMMAND = Command(
     ),
     examples=(
         ("one command", "pyvmm run -- uname -a"),
-        ("a test suite under another kernel", "pyvmm run --kernel ./vmlinux --cpus 4 --memory 4G -- make check"),
+        ("tests under another kernel", "pyvmm run --kernel ./vmlinux --cpus 4 --memory 4G -- make check"),
         ("a shell", "pyvmm run -- bash"),
     ),
     details="Exit status: CMD's own (128 + N for signal N); 124 time limit, 125 kernel panic,\n"
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     values = _values(given)
     archive = initramfs.for_kernel(kernel.modules)
     if _needs_lab(accel):
-        return _run_in_lab(argv, kernel)
+        return _run_in_lab(argv, given, kernel)
     from .. import run as runner
 
     return runner.run_or_show(runner.RunConfig(kernel=kernel.path, initramfs=archive, **values))
@@ -73,12 +75,13 @@ def find_kernel(given: Arguments) -> Kernel:
     return kernel.replace(modules=modules) if modules else kernel
 
 
-def _values(given: Arguments) -> dict[str, object]:
+def _values(given: Arguments) -> dict[str, Any]:
     timeout = given.text("timeout")
     return {
         "argv": tuple(given.trailing or ()),
         "cpus": config.cpus(f"boot={given.text('cpus', '1').removeprefix('boot=')}").boot,
         "memory": memory(given.text("memory", "1G")),
+        "share": tuple(shared_directory("--share", path) for path in given.texts("share")),
         "append": given.text("append"),
         "timeout": config.seconds("--timeout", timeout) if timeout else 0,
         "verbose": bool(given.count("verbose")),
@@ -99,7 +102,7 @@ def _needs_lab(accel: str) -> bool:
     return bool(reason)
 
 
-def _run_in_lab(argv: Sequence[str], kernel: Kernel) -> int:
+def _run_in_lab(argv: Sequence[str], given: Arguments, kernel: Kernel) -> int:
     """The same command line again, inside; what can be prepared was prepared out here."""
     from ..host.lab import run_in_lab
     from ..run import unpack_ahead
@@ -108,4 +111,4 @@ def _run_in_lab(argv: Sequence[str], kernel: Kernel) -> int:
     rest = list(argv)
     split = rest.index("--") if "--" in rest else len(rest)
     words = [*rest[:split], "--accel", "kvm", *rest[split:]]
-    return run_in_lab([sys.executable, "-P", "-m", "pyvmm", "run", *words])
+    return run_in_lab([sys.executable, "-P", "-m", "pyvmm", "run", *words], share=given.texts("share"))

@@ -121,7 +121,7 @@ def _time(vcpu: Any) -> float:
         reason, details = vcpu.run(_Doorbell())
     except _Done:
         return perf_counter() - begin
-    raise KvmError(0, f"the probe guest stopped with KVM exit reason {reason} {details}; this KVM is unusable")
+    raise KvmError(0, f"the probe guest stopped, KVM exit reason {reason} {details}; this KVM is unusable")
 
 
 def _write_guest(ram: memoryview) -> None:
