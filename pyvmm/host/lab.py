@@ -16,8 +16,8 @@ import socket
 
 from .. import log
 from ..config import FsDevice
-from ..errors import ConfigError, GuestError, GuestTimeout
-from ..foreground import Foreground, terminal_size
+from ..errors import GuestError, GuestTimeout
+from ..foreground import Foreground, shared_directory, terminal_size
 from ..guest import initramfs, protocol
 from ..guest.channel import CommandChannel
 from ..loop import EventLoop
@@ -246,7 +246,7 @@ def run_in_lab(
         argv=tuple(argv),
         env=tuple(f"{key}={value}" for key, value in (os.environ if env is None else env).items()),
         cwd=os.getcwd() if cwd is None else cwd,
-        share=tuple(_shared_directory(path) for path in share),
+        share=tuple(shared_directory("--share", path) for path in share),
         memory=memory,
         cpus=cpus,
         timeout=timeout,
@@ -258,13 +258,6 @@ def run_in_lab(
             return lab.run()
     finally:
         lab.close()
-
-
-def _shared_directory(path: str) -> str:
-    real = os.path.realpath(path)
-    if not os.path.isdir(real):
-        raise ConfigError(f"--share {path}: no such directory; make it first")
-    return real
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -56,7 +56,12 @@ def main() -> None:
         try:
             answer = execute(json.loads(line))
         except OSError as error:
-            answer = {"status": 127, "stdout": "", "stderr": base64.b64encode(str(error).encode()).decode(), "seconds": 0}
+            answer = {
+                "status": 127,
+                "stdout": "",
+                "stderr": base64.b64encode(str(error).encode()).decode(),
+                "seconds": 0,
+            }
         print(json.dumps(answer), flush=True)
 
 

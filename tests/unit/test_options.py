@@ -55,7 +55,8 @@ def test_a_doubled_quoted_text_survives(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("5G", 5 << 30), ('"1G"', 1 << 30)]
+    ("text", "value"),
+    [("0", 0), ("4096", 4096), ("1K", 1024), ("512M", 512 << 20), ("5G", 5 << 30), ('"1G"', 1 << 30)],
 )
 def test_size(text: str, value: int) -> None:
     assert options.size(text) == value

@@ -32,9 +32,7 @@ def test_value_semantics() -> None:
     assert Point(1).replace(y=5) == Point(1, 5)
 
 
-@pytest.mark.parametrize(
-    ("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"x": 2}), ((1,), {"z": 2})]
-)
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((1, 2, 3), {}), ((1,), {"x": 2}), ((1,), {"z": 2})])
 def test_wrong_fields_are_errors(args: tuple[int, ...], kwargs: dict[str, int]) -> None:
     with pytest.raises(TypeError, match="Point"):
         Point(*args, **kwargs)

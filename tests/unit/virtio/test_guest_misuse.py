@@ -164,7 +164,8 @@ def test_many_cpus_at_once():
             third.pending(1)
 
         threads = [
-            threading.Thread(target=run, args=(work, stop)) for work in (restart, masks, announce, look)
+            threading.Thread(target=run, args=(work, stop), daemon=True)
+            for work in (restart, masks, announce, look)
         ]
         for thread in threads:
             thread.start()
@@ -184,7 +185,7 @@ def test_an_announcement_while_the_backend_starts_does_not_deadlock():
 
         def activate(features, queues):
             thread = threading.Thread(
-                target=lambda: (backend.on_config_change(), backend.on_lost("so it says"))
+                target=lambda: (backend.on_config_change(), backend.on_lost("so it says")), daemon=True
             )
             thread.start()
             thread.join(5)
