@@ -40,6 +40,7 @@ LIBRARY_DIRS = (
 DESCRIPTION_DIRS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
 
 C_VIRTIOFSD_MARK = b"using FUSE kernel interface"  # printed by the C one's --version only
+C_CACHE_NAMES = {"never": "none"}  # where it differs from the one in Rust
 QCOW2_MAGIC = b"QFI\xfb"
 READ_ONLY_ERRORS = (errno.EPERM, errno.EACCES, errno.EROFS)
 DEATH_MS = 300  # how long a program whose connection broke may take to end and say why
@@ -136,14 +137,14 @@ def c_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
         log.info(f"--fs: {folder}: this virtiofsd cannot refuse writes, only the guest's mount does")
     options = ["-o", "source=" + _escape(folder, "\\", ","), "-o", "sandbox=chroot"]
     if device.cache:
-        options += ["-o", f"cache={device.cache}"]
+        options += ["-o", f"cache={C_CACHE_NAMES.get(device.cache, device.cache)}"]
     return [f"--fd={fd}", "-f", "-o", "log_level=warn", *options]
 
 
 def rust_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
     """For the virtiofsd in Rust.  Users other than root get a sandbox where the kernel lets them."""
     sandbox = "chroot" if not os.geteuid() else "namespace" if _user_namespaces() else "none"
-    options = [f"--fd={fd}", f"--shared-dir={folder}", f"--sandbox={sandbox}"]
+    options = [f"--fd={fd}", "--log-level=warn", f"--shared-dir={folder}", f"--sandbox={sandbox}"]
     if device.cache:
         options.append(f"--cache={device.cache}")
     if device.readonly:

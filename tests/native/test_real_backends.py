@@ -5,6 +5,7 @@ Needs no KVM: the backends see a ring in a memory file, as they would with a gue
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -24,7 +25,7 @@ from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.virtio import kinds
 
 VERSION_1 = 1 << 32
-FUSE_INIT, FUSE_LOOKUP, FUSE_OPEN, FUSE_READ = 26, 1, 14, 15
+FUSE_LOOKUP, FUSE_MKDIR, FUSE_OPEN, FUSE_READ, FUSE_INIT = 1, 9, 14, 15, 26
 BLK_IN, BLK_OUT, BLK_FLUSH = 0, 1, 4
 BLK_F_RO, BLK_F_FLUSH, BLK_F_MQ = 1 << 5, 1 << 9, 1 << 12
 
@@ -86,10 +87,25 @@ def rig() -> Iterator[Rig]:
 # -- virtiofsd ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def need_root() -> None:
-    if os.geteuid():
+def installed(name: str) -> list[str]:
+    """Every program of that name where one is looked for."""
+    folders = [*os.get_exec_path(), os.path.expanduser("~/.cargo/bin"), *backends.LIBRARY_DIRS]
+    paths = dict.fromkeys(os.path.realpath(os.path.join(folder, name)) for folder in folders)
+    return [path for path in paths if os.path.isfile(path)]
+
+
+@pytest.fixture(params=["c", "rust"])
+def virtiofsd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two programs of this name, made the one that is found."""
+    kind = str(request.param)
+    found = [path for path in installed("virtiofsd") if backends.is_c_virtiofsd(path) == (kind == "c")]
+    if not found:
+        where = {"c": "apt install qemu-system-common", "rust": "cargo install virtiofsd"}
+        pytest.skip(f"the {kind} virtiofsd is not installed; {where[kind]}")
+    if kind == "c" and os.geteuid():
         pytest.skip("QEMU's virtiofsd needs root")
+    monkeypatch.setattr(backends, "find_virtiofsd", lambda: found[0])
+    return kind
 
 
 def fuse(ring: Ring, opcode: int, node: int, body: bytes, size: int) -> tuple[int, bytes]:
@@ -126,7 +142,7 @@ def read_hello(ring: Ring) -> bytes:
     return data
 
 
-@pytest.mark.usefixtures("need_root")
+@pytest.mark.usefixtures("virtiofsd")
 def test_virtiofsd_serves_a_file(rig: Rig, tmp_path: Path) -> None:
     (tmp_path / "hello").write_bytes(b"from the host")
     frontend, rings = start_fs(rig, tmp_path)
@@ -138,7 +154,7 @@ def test_virtiofsd_serves_a_file(rig: Rig, tmp_path: Path) -> None:
     assert read_hello(rings[1]) == b"from the host"
 
 
-@pytest.mark.usefixtures("need_root")
+@pytest.mark.usefixtures("virtiofsd")
 def test_virtiofsd_after_a_device_reset(rig: Rig, tmp_path: Path) -> None:
     """A guest that reboots: rings are stopped, zeroed and started again from 0."""
     (tmp_path / "hello").write_bytes(b"still here")
@@ -153,7 +169,7 @@ def test_virtiofsd_after_a_device_reset(rig: Rig, tmp_path: Path) -> None:
     assert not rig.lost
 
 
-@pytest.mark.usefixtures("need_root")
+@pytest.mark.usefixtures("virtiofsd")
 @pytest.mark.parametrize("name", ["with,comma", "back\\slash", "with space", "ünï"])
 def test_virtiofsd_with_odd_directory_names(rig: Rig, tmp_path: Path, name: str) -> None:
     folder = tmp_path / name
@@ -165,7 +181,7 @@ def test_virtiofsd_with_odd_directory_names(rig: Rig, tmp_path: Path, name: str)
     assert read_hello(rings[1]) == name.encode()
 
 
-@pytest.mark.usefixtures("need_root")
+@pytest.mark.usefixtures("virtiofsd")
 def test_a_killed_backend_is_reported_with_its_end(rig: Rig, tmp_path: Path) -> None:
     frontend, rings = start_fs(rig, tmp_path)
     frontend.activate(VERSION_1, [ring.setup for ring in rings])
@@ -176,12 +192,31 @@ def test_a_killed_backend_is_reported_with_its_end(rig: Rig, tmp_path: Path) -> 
     assert rig.lost == ["the backend closed the connection (it ended with status 137)"]
 
 
-@pytest.mark.usefixtures("need_root")
+@pytest.mark.usefixtures("virtiofsd")
 def test_virtiofsd_ends_with_its_connection(rig: Rig, tmp_path: Path) -> None:
     process = backends.start_virtiofsd(FsDevice("tag", str(tmp_path)))
     frontend, _ = rig.connect(process, "fs", 2, b"tag")
     frontend.close()
     assert process.child.wait(5000) is not None
+
+
+def test_rust_virtiofsd_refuses_writes_when_read_only(rig: Rig, tmp_path: Path, virtiofsd: str) -> None:
+    if virtiofsd == "c":
+        return  # it has no such switch; only the guest's mount option protects the files
+    process = backends.start_virtiofsd(FsDevice("tag", str(tmp_path), readonly=True))
+    frontend, rings = rig.connect(process, "fs", 2, b"tag")
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    fuse_init(rings[1])
+    error, _ = fuse(rings[1], FUSE_MKDIR, 1, struct.pack("<II", 0o755, 0) + b"new\0", 128)
+    assert error == -errno.EROFS
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cache", ["auto", "always", "never"])
+def test_cache_modes_are_the_same_for_both(rig: Rig, tmp_path: Path, virtiofsd: str, cache: str) -> None:
+    process = backends.start_virtiofsd(FsDevice("tag", str(tmp_path), cache=cache))
+    frontend, _ = rig.connect(process, "fs", 2, b"tag")
+    assert frontend.features & VERSION_1
 
 
 def test_missing_directory() -> None:

@@ -96,6 +96,7 @@ def test_c_virtiofsd_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--fd=9", "-f", "-o", "log_level=warn"),
         *("-o", "source=/a\\,b\\\\c", "-o", "sandbox=chroot", "-o", "cache=always"),
     ]
+    assert backends.c_virtiofsd_arguments(FsDevice("t", "x", cache="never"), "/", 9)[-1] == "cache=none"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(ConfigError, match="needs root"):
         backends.c_virtiofsd_arguments(FsDevice("t", "x"), "/", 9)
@@ -110,9 +111,9 @@ def test_rust_virtiofsd_arguments(
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.setattr(backends, "_user_namespaces", lambda: namespaces)
     arguments = backends.rust_virtiofsd_arguments(FsDevice("t", "x"), "/a,b", 9)
-    assert arguments == ["--fd=9", "--shared-dir=/a,b", f"--sandbox={sandbox}"]
+    assert arguments == ["--fd=9", "--log-level=warn", "--shared-dir=/a,b", f"--sandbox={sandbox}"]
     device = FsDevice("t", "x", readonly=True, cache="never")
-    assert backends.rust_virtiofsd_arguments(device, "/", 9)[3:] == ["--cache=never", "--readonly"]
+    assert backends.rust_virtiofsd_arguments(device, "/", 9)[4:] == ["--cache=never", "--readonly"]
 
 
 def test_storage_daemon_arguments(tmp_path: Path) -> None:
