@@ -44,14 +44,17 @@ class Counting:
         self.vcpu = guest.interrupt_vcpu(wait, handler, rsi=DATA, rdi=LAPIC + LAPIC_EOI)
         self.ended = []
 
+    def _main(self):
+        self.ended.append(self.vcpu.run(self.recorder))
+
     def __enter__(self):
-        self.thread = threading.Thread(target=lambda: self.ended.append(self.vcpu.run(self.recorder)))
+        self.thread = threading.Thread(target=self._main, daemon=True)
         self.thread.start()
         return self
 
     def __exit__(self, *_):
         self.vcpu.kick()
-        self.thread.join()
+        self.thread.join(30)
 
     @property
     def count(self):
@@ -198,12 +201,12 @@ def test_doorbell_to_backend_thread_to_interrupt_without_an_exit(irq_guest):
     vcpu = irq_guest.interrupt_vcpu(code, handler, rsi=DATA, rdi=LAPIC + LAPIC_EOI, rbx=DOORBELL, rcx=rounds)
     recorder = Recorder()
     recorder.on_access = lambda *_: vcpu.kick()
-    thread = threading.Thread(target=backend)
+    thread = threading.Thread(target=backend, daemon=True)
     thread.start()
     try:
         assert vcpu.run(recorder)[0] == native.KVM_EXIT_INTR
     finally:
-        thread.join()
+        thread.join(30)
         os.close(kick)
         os.close(call)
     assert recorder.seen == [("write", DOORBELL + 8, 4, rounds - 1)]

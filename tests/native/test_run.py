@@ -30,7 +30,7 @@ class Runner:
         self.handler = handler or Recorder()
         self.ends = []
         self.started = threading.Event()
-        self.thread = threading.Thread(target=self._main)
+        self.thread = threading.Thread(target=self._main, daemon=True)
         self.thread.start()
         self.started.wait()
 
@@ -90,7 +90,7 @@ def test_no_kick_is_lost_at_any_moment(guest):
             assert vcpu.run(Recorder()) == INTR
             answered.release()
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     for _ in range(rounds):
         vcpu.kick()
@@ -213,7 +213,7 @@ def test_handler_exception_in_a_thread_leaves_the_vcpu_usable(guest):
         except LookupError as error:
             caught.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join()
     vcpu.kick()  # the thread is gone; this must only be remembered
