@@ -90,8 +90,6 @@ class EventLoop:
                 callback = self._readers.get(fd)
                 if callback is not None:
                     callback()
-                if self._stopped:
-                    break
             self._run_timers()
 
     def close(self) -> None:

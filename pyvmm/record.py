@@ -24,14 +24,14 @@ class Record:
     _fields: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
-        own = tuple(name for name in cls.__dict__.get("__annotations__", ()) if name[0] != "_")
+        own = tuple(name for name in vars(cls).get("__annotations__", ()) if name[0] != "_")
         cls._fields = cls._fields + own
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         fields = self._fields
         if len(args) > len(fields):
             raise TypeError(f"{type(self).__name__} takes {len(fields)} values, got {len(args)}")
-        values = dict(zip(fields, args))
+        values = dict(zip(fields, args, strict=False))
         for name, value in kwargs.items():
             if name not in fields or name in values:
                 raise TypeError(f"{type(self).__name__} has no free field {name!r}")
