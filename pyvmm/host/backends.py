@@ -138,13 +138,13 @@ def c_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
     options = ["-o", "source=" + _escape(folder, "\\", ","), "-o", "sandbox=chroot"]
     if device.cache:
         options += ["-o", f"cache={C_CACHE_NAMES.get(device.cache, device.cache)}"]
-    return [f"--fd={fd}", "-f", "-o", "log_level=warn", *options]
+    return [f"--fd={fd}", "-f", "-o", "log_level=err", *options]
 
 
 def rust_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
     """For the virtiofsd in Rust.  Users other than root get a sandbox where the kernel lets them."""
     sandbox = "chroot" if not os.geteuid() else "namespace" if _user_namespaces() else "none"
-    options = [f"--fd={fd}", "--log-level=warn", f"--shared-dir={folder}", f"--sandbox={sandbox}"]
+    options = [f"--fd={fd}", "--log-level=error", f"--shared-dir={folder}", f"--sandbox={sandbox}"]
     if device.cache:
         options.append(f"--cache={device.cache}")
     if device.readonly:

@@ -93,7 +93,7 @@ def test_c_virtiofsd_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     arguments = backends.c_virtiofsd_arguments(FsDevice("t", "x", cache="always"), "/a,b\\c", 9)
     assert arguments == [
-        *("--fd=9", "-f", "-o", "log_level=warn"),
+        *("--fd=9", "-f", "-o", "log_level=err"),
         *("-o", "source=/a\\,b\\\\c", "-o", "sandbox=chroot", "-o", "cache=always"),
     ]
     assert backends.c_virtiofsd_arguments(FsDevice("t", "x", cache="never"), "/", 9)[-1] == "cache=none"
@@ -111,7 +111,7 @@ def test_rust_virtiofsd_arguments(
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     monkeypatch.setattr(backends, "_user_namespaces", lambda: namespaces)
     arguments = backends.rust_virtiofsd_arguments(FsDevice("t", "x"), "/a,b", 9)
-    assert arguments == ["--fd=9", "--log-level=warn", "--shared-dir=/a,b", f"--sandbox={sandbox}"]
+    assert arguments == ["--fd=9", "--log-level=error", "--shared-dir=/a,b", f"--sandbox={sandbox}"]
     device = FsDevice("t", "x", readonly=True, cache="never")
     assert backends.rust_virtiofsd_arguments(device, "/", 9)[4:] == ["--cache=never", "--readonly"]
 
