@@ -48,6 +48,21 @@ class Runner:
         return self.ends[0][1] - start
 
 
+@pytest.fixture
+def backstop():
+    """Kicks a vCPU after some seconds, so that a test that would hang fails instead."""
+    timers = []
+
+    def watch(vcpu, seconds=10):
+        timers.append(threading.Timer(seconds, vcpu.kick))
+        timers[-1].start()
+
+    yield watch
+    for timer in timers:
+        timer.cancel()
+        timer.join()
+
+
 def test_halt_without_irqchip_comes_out(guest):
     assert guest.vcpu(Code.HLT).run(Recorder()) == (native.KVM_EXIT_HLT, {})
 
@@ -109,8 +124,9 @@ def test_kick_passes_a_signal_mask_inherited_from_the_creating_thread(guest):
     assert runner.stop() < 1
 
 
-def test_other_signals_do_not_end_the_run(guest):
+def test_other_signals_do_not_end_the_run(guest, backstop):
     vcpu = guest.vcpu(Code.SPIN)
+    backstop(vcpu)
     hits = []
     old = signal.signal(signal.SIGALRM, lambda *_: hits.append(1) or (len(hits) == 3 and vcpu.kick()))
     signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01)
@@ -122,8 +138,9 @@ def test_other_signals_do_not_end_the_run(guest):
     assert len(hits) >= 3
 
 
-def test_interrupt_from_the_keyboard_is_raised_in_the_main_thread(guest):
+def test_interrupt_from_the_keyboard_is_raised_in_the_main_thread(guest, backstop):
     vcpu = guest.vcpu(Code.SPIN)
+    backstop(vcpu)
     timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
