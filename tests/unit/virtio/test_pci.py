@@ -222,6 +222,9 @@ def test_access_through_configuration_space(machine, backend):
 
     window(20, 1)
     assert driver.config.read(at + 16, 1) == 0xF
+    driver.add_status(spec.FAILED)
+    assert driver.config.read(at + 12, 8) >> 32 & 0xFF == 0x8F  # a wide read looks again too
+    driver.start()
     window(NOTIFY + 4, 2)
     driver.config.write(at + 16, 2, 1)
     assert count(backend.active[1].kick) == 1
