@@ -70,7 +70,8 @@ class PciHost:
         """Put `function` into `slot` (default: the first free one) and assign its BARs.
 
         Function 0 of a slot must be there for a guest to look for others.  Returns slot and
-        function number.  Raises ConfigError when there is no such place or no room for a BAR.
+        function number; from then on the host closes it.  Raises ConfigError when there is no such
+        place or no room for a BAR.
         """
         slot = self._free_slot() if slot is None else slot
         place = slot * FUNCTIONS + number

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 FORWARD, WHOLE, ABSORB = "forward", "whole", "absorb"
 ANY, PAIRS, PORTS, FIXED = "any", "pairs", "ports", "fixed"
 UNCLASSIFIED = 0xFFFF  # base class and subclass of a device that fits no class
-EVEN_CONTROL = 2
+PAIR = 2
 
 
 class Kind(Record):
@@ -67,7 +67,7 @@ class Kind(Record):
         """What is wrong with `count` queues, in words, or None."""
         if count < self.min_queues:
             return f"{self.name} needs at least {self.min_queues} queues, {count} given"
-        if self.queue_rule == PORTS and count % EVEN_CONTROL:
+        if self.queue_rule == PORTS and count % PAIR:
             return f"{self.name} needs an even number of queues (a pair for each port), {count} given"
         if self.queue_rule == FIXED and count > self.usual_queues:
             return f"{self.name} has at most {self.usual_queues} queues, {count} given"

@@ -261,6 +261,7 @@ def test_shared_memory_capabilities(machine):
         ({"queue_sizes": (100,)}, "power of two"),
         ({"queue_sizes": (65536,)}, "power of two"),
         ({"config": bytes(4097)}, "4097 bytes"),
+        ({"shared_memory": tuple((number, 0x1000) for number in range(4))}, "at most 3"),
     ],
 )
 def test_devices_that_do_not_fit(machine, options, text):
