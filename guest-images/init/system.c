@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #define MODULES "/modules/"
+#define PORTS "/sys/class/virtio-ports"
 #define NEW_ROOT "/newroot"
 #define LOWER "/lower"
 #define UPPER "/upper"
@@ -121,7 +122,7 @@ static bool port_has_name(const char *entry)
 	char path[512], name[sizeof PORT_NAME + 1] = "";
 	int fd;
 
-	snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry);
+	snprintf(path, sizeof path, PORTS "/%s/name", entry);
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return false;
@@ -134,7 +135,7 @@ static bool port_has_name(const char *entry)
 
 static int try_port(void)
 {
-	DIR *ports = opendir("/sys/class/virtio-ports");
+	DIR *ports = opendir(PORTS);
 	struct dirent *entry;
 	char path[512];
 	int fd = -1;
@@ -165,6 +166,8 @@ int system_open_port(void)
 	int64_t deadline = now_ms() + PORT_DEADLINE_MS;
 	int fd = -1;
 
+	if (access(PORTS, F_OK))	/* the driver makes the directory when it starts */
+		fatal("the guest's kernel has no virtio_console, built in or as a module in the initramfs");
 	while (now_ms() < deadline) {
 		if (fd < 0)
 			fd = try_port();
@@ -174,7 +177,7 @@ int system_open_port(void)
 	}
 	if (fd >= 0)
 		fatal("nobody holds the host's end of the port '" PORT_NAME "'");
-	fatal("no virtio-console port named '" PORT_NAME "' (is virtio_console in the kernel or the initramfs?)");
+	fatal("the guest has no virtio-console port named '" PORT_NAME "'");
 }
 
 /* -- mounts ---------------------------------------------------------------------------- */

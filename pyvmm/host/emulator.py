@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 
 from ..errors import ConfigError
+from ..guest.modules import ModuleTree
 from . import kernels
 
 TYPE_CHECKING = False
@@ -23,9 +24,9 @@ MIB = 1 << 20
 
 
 def kernel(progress: Callable[[str], None]) -> kernels.Kernel:
-    """Debian's kernel, which has KVM for AMD; fetched when there is none.  Raises ConfigError."""
+    """A kernel that has KVM for AMD, as Debian's have; fetched when there is none.  Raises ConfigError."""
     for known in kernels.find_kernels():
-        if known.source in ("debian", "boot") and known.modules is not None:
+        if known.modules is not None and ModuleTree(known.modules).has("kvm_amd"):
             return known
     return kernels.fetch_kernel(progress)
 
