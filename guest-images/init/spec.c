@@ -100,6 +100,7 @@ void spec_parse(struct spec *spec, char *text, size_t size)
 	struct counts counts = { 0, 0 };
 	char *end = text + size;
 
+	spec->root.target = "/";
 	spec->env = grown(NULL, 0, sizeof *spec->env);
 	spec->env[0] = NULL;
 	while (text < end) {

@@ -43,14 +43,9 @@ def build(source: str = SOURCE) -> Kernel:
     try:
         progress.show("looking at the source")
         key = _key(source)
-        if _cached(key) is None:
-            _build(source, key, progress.show)
-            _forget_old()
+        return _cached(key) or _build_alone(source, key, progress.show)
     finally:
         progress.clear()
-    kernel = _cached(key)
-    assert kernel is not None
-    return kernel
 
 
 def _cached(key: str) -> Kernel | None:
@@ -65,6 +60,23 @@ def _key(source: str) -> str:
         digest = hashlib.file_digest(archive, "sha256")
         digest.update(config.read())
     return digest.hexdigest()[:12]
+
+
+def _build_alone(source: str, key: str, say: Callable[[str], None]) -> Kernel:
+    """Build, or wait for who builds already: two at once would take twice as long."""
+    import fcntl
+
+    parent = cache.directory("kernels", "own")
+    os.makedirs(parent, exist_ok=True)
+    with open(os.path.join(parent, ".lock"), "wb") as lock:
+        say("waiting for another build")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _cached(key) is None:
+            _build(source, key, say)
+            _forget_old()
+    kernel = _cached(key)
+    assert kernel is not None
+    return kernel
 
 
 def wanted_lines(text: str) -> list[str]:

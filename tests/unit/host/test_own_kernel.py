@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,13 @@ def test_built_once_per_source(source: str) -> None:
     assert own_kernel.build(source).release != kernel.release
 
 
+def test_two_at_once_build_once(source: str) -> None:
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(own_kernel.build, [source, source])
+    assert first == second
+    assert (Path(source).parent / "calls").read_text().count("tar\n") == 1
+
+
 def test_old_builds_are_forgotten(source: str) -> None:
     for text in ("a", "b", "c"):
         Path(source).write_text(text)
@@ -68,7 +76,7 @@ def test_a_failure_names_the_log_and_leaves_no_kernel(source: str, monkeypatch: 
         own_kernel.build(source)
     log = str(caught.value).rpartition(" ")[2]
     assert "fs/x.c: error" in Path(log).read_text()
-    assert os.listdir(os.path.dirname(log)) == ["build.log"]
+    assert sorted(os.listdir(os.path.dirname(log))) == [".lock", "build.log"]
 
 
 def test_a_dropped_option_is_named(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
