@@ -91,7 +91,7 @@ def version_key(text: str) -> tuple[tuple[int, str], ...]:
 def _own() -> Iterator[Kernel]:
     for entry in cache.entries("kernels", "own"):
         path = os.path.join(entry.path, "vmlinux")
-        if os.path.isfile(path):
+        if os.path.isfile(path) and not entry.name.startswith("."):  # .building has one at its end
             yield Kernel(path, entry.name, None, "own")
 
 
@@ -158,10 +158,18 @@ def _download(say: Progress) -> Kernel:
         _run(["apt-get", "download", "-qq", package], work)
         say(f"unpacking {package}")
         _unpack(work)
-        os.rename(os.path.join(work, "tree"), os.path.join(parent, release))
+        _keep(os.path.join(work, "tree"), os.path.join(parent, release))
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return next(kernel for kernel in _debian() if kernel.release == release)
+
+
+def _keep(tree: str, target: str) -> None:
+    try:
+        os.rename(tree, target)
+    except OSError:
+        if not os.path.isdir(target):  # another process was faster, with the same contents
+            raise
 
 
 def _unpack(work: str) -> None:

@@ -39,7 +39,7 @@ def test_own_before_debian_and_newest_first(cache: Path) -> None:
         debian(cache, release)
     own(cache, "6.1.192-pyvmm-ffff", 1000)
     own(cache, "6.1.192-pyvmm-aaaa", 2000)
-    (cache / "own" / ".building").mkdir()
+    own(cache, ".building", 3000)
     found = [(kernel.source, kernel.release) for kernel in kernels.find_kernels()]
     assert found == [
         ("own", "6.1.192-pyvmm-aaaa"),
@@ -117,6 +117,13 @@ def test_fetched_once(cache: Path, tools: Path) -> None:
     assert kernels.fetch_kernel() == kernel
     assert calls(tools) == before
     assert [entry.name for entry in (cache / "debian").iterdir()] == [NEWEST]
+
+
+def test_two_fetches_at_once(cache: Path, tools: Path) -> None:
+    other = f"{cache}/debian/{NEWEST}/boot"
+    script = f'mkdir -p "$3/boot" {other}; touch {other}/vmlinuz-{NEWEST}'
+    (tools / "bin" / "dpkg-deb").write_text(f"#!/bin/sh\n{script}\n")
+    assert kernels.fetch_kernel(lambda text: None).release == NEWEST
 
 
 def test_stale_lists_are_refreshed(cache: Path, tools: Path) -> None:
