@@ -13,6 +13,7 @@ from .. import layout
 from ..legacy.power import RESET_VALUE
 from . import dsdt
 
+_RESET_CODE = 16  # bytes below 1 MiB that boot/firmware.py has
 _OEM_ID, _OEM_TABLE = b"PYVMM ", b"PYVMM   "
 _CREATOR, _REVISION = b"PYVM", 1
 _HEADER_SIZE = 36
@@ -44,7 +45,7 @@ def build_tables(cpus: int, com1: bool, mmio32: tuple[int, int], mmio64: tuple[i
     at = [image.add(_fadt(at_dsdt)), image.add(_madt(cpus, com1)), image.add(_mcfg())]
     at_xsdt = image.add(_table(b"XSDT", 1, pack(f"<{len(at)}Q", *at)))
     image.replace(rsdp, _rsdp(at_xsdt))
-    if len(image.data) > layout.ACPI_TABLES_END - layout.ACPI_TABLES:
+    if len(image.data) > layout.ACPI_TABLES_END - layout.ACPI_TABLES - _RESET_CODE:
         raise ValueError(f"{len(image.data)} bytes of ACPI tables do not fit")
     return bytes(image.data)
 

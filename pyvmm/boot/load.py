@@ -12,7 +12,7 @@ import stat
 from .. import layout
 from ..errors import ConfigError
 from ..record import Record
-from . import bzimage, cpu, elf, image, linux64, payload, pvh
+from . import bzimage, cpu, elf, firmware, image, linux64, payload, pvh
 from .cpu import LINUX64, PVH, BootState
 from .ram import GuestRam
 
@@ -53,6 +53,7 @@ def load(config: PayloadConfig, view: memoryview, ranges: Sequence[RamRange], rs
     finally:
         os.close(fd)
     cpu.write_gdt(ram, state)
+    firmware.write(ram)
     return state
 
 
