@@ -7,6 +7,7 @@ import random
 import socket
 import struct
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -241,6 +242,30 @@ def test_stop_tells_the_base_and_start_goes_on(bench):
     assert queue.wait()[0][1] == b"MORE"
     assert bench.device.calls.count(("start", 0)) == 2
     assert bench.device.calls.count(("stop", 0)) == 1
+
+
+def test_driver_that_adds_while_it_is_served_without_a_kick(bench):
+    """One turn is bounded, and with event indices the driver need not kick in the meantime."""
+    frontend = bench.ready()
+    queue = bench.queue(size=16, event_idx=True)
+    seen = []
+
+    def on_queue(device_queue):
+        for chain in device_queue:
+            seen.append(chain.read())
+            chain.push()
+            queue.collect()
+            if len(seen) + 15 < 100:
+                queue.add_rows([(64, 4, 0)])
+
+    bench.device.on_queue = on_queue
+    for _ in range(15):
+        queue.add_rows([(64, 4, 0)])
+    frontend.start(0, queue)
+    end = time.monotonic() + 5
+    while len(seen) < 99 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(seen) == 99
 
 
 def test_more_chains_than_one_turn_takes(bench):

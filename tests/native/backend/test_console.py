@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -21,9 +22,10 @@ from fakes.console_driver import (
     RESIZE,
     ConsoleDriver,
 )
+from fakes.ring_driver import RawFrontend
 
 from pyvmm.backend.endpoints import PortConfig
-from pyvmm.backend.process import spawn_console
+from pyvmm.backend.process import spawn, spawn_console
 
 F_SIZE, F_MULTIPORT = 1, 2
 VERSION_1, PROTOCOL = 1 << 32, 1 << 30
@@ -433,21 +435,54 @@ def test_it_keeps_no_descriptor_that_it_was_not_given(start):
 
 
 def test_it_dies_with_its_parent():
-    reader, writer = os.pipe()
+    """Also when somebody else still holds the frontend's end of the connection."""
+    ours, theirs = socket.socketpair()
     child = os.fork()
     if child == 0:
-        process = spawn_console([PortConfig(console=True)])
-        os.write(writer, str(process.pid).encode())
-        time.sleep(60)
-        os._exit(0)
-    pid = int(os.read(reader, 20))
-    os.close(reader)
-    os.close(writer)
-    pidfd = os.pidfd_open(pid)
+        try:
+            process = spawn_console([PortConfig(console=True)])
+            socket.send_fds(theirs, [str(process.pid).encode()], [process.socket.fileno()])
+            time.sleep(60)
+        finally:
+            os._exit(0)
+    data, (fd,), _, _ = socket.recv_fds(ours, 20, 1)
+    frontend = RawFrontend(socket.socket(fileno=fd))
+    assert frontend.number("GET_FEATURES")  # it is up
+    pidfd = os.pidfd_open(int(data))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert select.select([pidfd], [], [], 5)[0], "the backend outlives its parent"
     os.close(pidfd)
+    frontend.close()
+    ours.close()
+    theirs.close()
+
+
+def test_the_parent_s_objects_are_not_finalised_in_the_child(tmp_path):
+    """Their descriptors have new meanings there: closing one would hit something else."""
+
+    class Finalised:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            if os.getpid() != parent:
+                (tmp_path / "finalised").touch()
+
+    def make():
+        gc.collect()
+        raise RuntimeError("enough")
+
+    parent = os.getpid()
+    gc.disable()
+    try:
+        Finalised()
+        process = spawn(make)
+        assert process.wait(5) == 70
+        process.close()
+    finally:
+        gc.enable()
+    assert not (tmp_path / "finalised").exists()
 
 
 def test_closing_reaps(start):
