@@ -32,6 +32,33 @@ cdef extern from "<sys/prctl.h>" nogil:
     enum:
         PR_SET_PDEATHSIG
 
+cdef extern from "<sched.h>" nogil:
+    int unshare(int flags)
+    enum:
+        CLONE_NEWNS
+
+cdef extern from "<fcntl.h>" nogil:
+    enum:
+        AT_FDCWD
+        AT_RECURSIVE
+
+cdef extern from "<unistd.h>" nogil:
+    long syscall(long number, ...)
+
+cdef extern from "<sys/syscall.h>" nogil:
+    enum:
+        SYS_mount_setattr
+
+cdef extern from "<linux/mount.h>" nogil:
+    struct mount_attr:
+        unsigned long long attr_set
+        unsigned long long attr_clr
+        unsigned long long propagation
+        unsigned long long userns_fd
+    enum:
+        MOUNT_ATTR_RDONLY
+        MS_PRIVATE
+
 cdef extern from "kick.h" nogil:
     int pyvmm_kick_install()
     int pyvmm_kick_admit()

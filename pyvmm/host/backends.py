@@ -125,16 +125,39 @@ def start_virtiofsd(device: FsDevice) -> BackendProcess:
         raise ConfigError(
             "--fs: no virtiofsd found; apt install qemu-system-common, or cargo install virtiofsd"
         )
-    arguments = c_virtiofsd_arguments if is_c_virtiofsd(path) else rust_virtiofsd_arguments
-    return BackendProcess(f"virtiofsd for {folder}", lambda fd: [path, *arguments(device, folder, fd)])
+    in_c = is_c_virtiofsd(path)
+    arguments = c_virtiofsd_arguments if in_c else rust_virtiofsd_arguments
+    return BackendProcess(
+        f"virtiofsd for {folder}",
+        lambda fd: [path, *arguments(device, folder, fd)],
+        prepare=make_read_only if in_c and device.readonly else None,
+    )
+
+
+def make_read_only() -> None:
+    """In the child that becomes the C virtiofsd, which cannot refuse writes: let the kernel do it.
+
+    A guest's own `mount -o ro` protects nothing from the guest's root.
+    """
+    from .._native.process import read_only_mounts
+
+    try:
+        read_only_mounts()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"serving files read-only with it needs CAP_SYS_ADMIN, Linux 5.12 and no chroot "
+            f"({error.strerror}); allow that, or cargo install virtiofsd, which refuses writes itself",
+        ) from None
 
 
 def c_virtiofsd_arguments(device: FsDevice, folder: str, fd: int) -> list[str]:
-    """For QEMU's virtiofsd (up to 7.2).  It must be root; a chroot also works in containers."""
+    """For QEMU's virtiofsd (up to 7.2).  It must be root; a chroot also works in containers.
+
+    It has no word for read-only: see `make_read_only`.
+    """
     if os.geteuid():
         raise ConfigError("--fs: this virtiofsd needs root; run as root or cargo install virtiofsd")
-    if device.readonly:
-        log.info(f"--fs: {folder}: this virtiofsd cannot refuse writes, only the guest's mount does")
     options = ["-o", "source=" + _escape(folder, "\\", ","), "-o", "sandbox=chroot"]
     if device.cache:
         options += ["-o", f"cache={C_CACHE_NAMES.get(device.cache, device.cache)}"]
@@ -283,16 +306,18 @@ class BackendProcess:
 
     `argv` gets the number that the listening socket has in the child.  `close` ends the
     process if it still runs; close the frontend first, which lets the backend flush and end.
-    `lock` is a descriptor to be closed after that.
+    `lock` is a descriptor to be closed after that; `prepare` runs in the child before the program.
     """
 
-    def __init__(self, name: str, argv: Arguments, lock: int = -1) -> None:
+    def __init__(
+        self, name: str, argv: Arguments, lock: int = -1, prepare: Callable[[], None] | None = None
+    ) -> None:
         from .children import Child
 
         self.name = name
         listener, connection = connected_listener()
         try:
-            self.child = Child(argv(listener.fileno()), keep=(listener.fileno(),))
+            self.child = Child(argv(listener.fileno()), (listener.fileno(),), prepare)
         except BaseException:
             connection.close()
             raise

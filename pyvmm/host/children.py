@@ -25,14 +25,18 @@ class Child:
 
     Only the descriptors in `keep` stay open in it, under their own numbers.  Its standard
     input is empty; what it prints is kept for `last_words`.  It has a session of its own, so
-    Ctrl-C does not reach it.  Raises ConfigError when the program cannot be started.
+    Ctrl-C does not reach it.  `prepare` is called in the child before it turns into the
+    program; an OSError of it counts as a failure to start.  Raises ConfigError when the
+    program cannot be started.
     """
 
-    def __init__(self, argv: Sequence[str], keep: Sequence[int] = ()) -> None:
+    def __init__(
+        self, argv: Sequence[str], keep: Sequence[int] = (), prepare: Callable[[], None] | None = None
+    ) -> None:
         self.name = os.path.basename(argv[0])
         self._output = os.memfd_create(f"{self.name} output", os.MFD_CLOEXEC)
         try:
-            self.pid = _start(argv, keep, self._output)
+            self.pid = _start(argv, keep, self._output, prepare)
         except BaseException:
             os.close(self._output)
             raise
@@ -68,21 +72,23 @@ class Child:
         return tail.split(b"\n")[-1].decode("utf-8", "replace")
 
 
-def _start(argv: Sequence[str], keep: Sequence[int], output: int) -> int:
+def _start(argv: Sequence[str], keep: Sequence[int], output: int, prepare: Callable[[], None] | None) -> int:
     """Fork and exec; returns the process id once the program runs."""
     from .._native.process import set_parent_death_signal
 
     reader, writer = os.pipe2(os.O_CLOEXEC)
     parent = os.getpid()
 
-    def die_with_parent() -> None:
+    def prepare_all() -> None:
         set_parent_death_signal(signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+        if prepare is not None:
+            prepare()
 
     pid = os.fork()
     if pid == 0:
-        _become(argv, keep, output, writer, die_with_parent)
+        _become(argv, keep, output, writer, prepare_all)
     os.close(writer)
     with open(reader, "rb") as pipe:
         failure = pipe.read()

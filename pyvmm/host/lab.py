@@ -144,8 +144,8 @@ class Lab:
         kernel = emulator.kernel(self._progress.show)
         archive = initramfs.for_kernel(kernel.modules, initramfs.LAB_MODULES)
         self._progress.show("starting the emulated machine")
-        files = [("root", self._serve("/", "always"))]
-        files += [(f"share{i}", self._serve(path, "auto")) for i, path in enumerate(self.config.share)]
+        files = [("root", self._serve(FsDevice("", "/", cache="always", readonly=True)))]
+        files += [(f"share{i}", self._serve(FsDevice("", path))) for i, path in enumerate(self.config.share)]
         console = self._console.take_socket()
         argv = emulator.command(
             memory=self.config.memory,
@@ -162,9 +162,9 @@ class Lab:
         self._close_sockets()
         self._loop.add_reader(self._qemu.pidfd, self._qemu_ended)
 
-    def _serve(self, directory: str, caching: str) -> Socket:
+    def _serve(self, device: FsDevice) -> Socket:
         """Start a file server for a directory; returns the connection that QEMU will use."""
-        server = start_virtiofsd(FsDevice("", directory, cache=caching))
+        server = start_virtiofsd(device)
         self._servers.append(server)
         client = server.endpoint.connect(0)
         self._sockets.append(client)

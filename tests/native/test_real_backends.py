@@ -200,16 +200,47 @@ def test_virtiofsd_ends_with_its_connection(rig: Rig, tmp_path: Path) -> None:
     assert process.child.wait(5000) is not None
 
 
-def test_rust_virtiofsd_refuses_writes_when_read_only(rig: Rig, tmp_path: Path, virtiofsd: str) -> None:
-    if virtiofsd == "c":
-        return  # it has no such switch; only the guest's mount option protects the files
-    process = backends.start_virtiofsd(FsDevice("tag", str(tmp_path), readonly=True))
-    frontend, rings = rig.connect(process, "fs", 2, b"tag")
+FUSE_SETATTR, FUSE_UNLINK, FUSE_CREATE = 4, 10, 35
+FATTR_MODE = 1
+WRITES = {
+    "mkdir": (FUSE_MKDIR, struct.pack("<II", 0o755, 0) + b"new\0"),
+    "create": (FUSE_CREATE, struct.pack("<IIII", os.O_RDWR, 0o100644, 0, 0) + b"file\0"),
+    "unlink": (FUSE_UNLINK, b"hello\0"),
+    "chmod": (FUSE_SETATTR, struct.pack("<II", FATTR_MODE, 0).ljust(68, b"\0") + struct.pack("<I16x", 0o777)),
+}
+
+
+def attempts(rig: Rig, device: FsDevice) -> dict[str, int]:
+    """What each way to change something is answered, by a fresh virtiofsd."""
+    frontend, rings = rig.connect(backends.start_virtiofsd(device), "fs", 2, b"tag")
     frontend.activate(VERSION_1, [ring.setup for ring in rings])
     fuse_init(rings[1])
-    error, _ = fuse(rings[1], FUSE_MKDIR, 1, struct.pack("<II", 0o755, 0) + b"new\0", 128)
-    assert error == -errno.EROFS
-    assert list(tmp_path.iterdir()) == []
+    assert read_hello(rings[1]) == b"from the host"
+    entry = fuse(rings[1], FUSE_LOOKUP, 1, b"hello\0", 128)[1]
+    node = struct.unpack_from("<Q", entry)[0]
+    error, _ = fuse(rings[1], FUSE_OPEN, node, struct.pack("<II", os.O_WRONLY, 0), 16)
+    answers = {name: fuse(rings[1], opcode, 1, body, 256)[0] for name, (opcode, body) in WRITES.items()}
+    return {"open": error, **answers}
+
+
+@pytest.mark.usefixtures("virtiofsd")
+def test_read_only_is_enforced_by_the_host(rig: Rig, tmp_path: Path) -> None:
+    """The guest's own mount option protects nothing from a guest whose root speaks FUSE."""
+    (tmp_path / "hello").write_bytes(b"from the host")
+    mode = tmp_path.stat().st_mode
+    answers = attempts(rig, FsDevice("tag", str(tmp_path), readonly=True))
+    assert answers == dict.fromkeys(["open", *WRITES], -errno.EROFS)
+    assert [path.name for path in tmp_path.iterdir()] == ["hello"]
+    assert tmp_path.stat().st_mode == mode
+    (tmp_path / "new").mkdir()  # the host itself goes on as before
+
+
+@pytest.mark.usefixtures("virtiofsd")
+def test_writes_succeed_where_nobody_forbids_them(rig: Rig, tmp_path: Path) -> None:
+    (tmp_path / "hello").write_bytes(b"from the host")
+    answers = attempts(rig, FsDevice("tag", str(tmp_path)))
+    assert answers == dict.fromkeys(["open", *WRITES], 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new"]
 
 
 @pytest.mark.parametrize("cache", ["auto", "always", "never"])
