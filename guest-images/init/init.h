@@ -11,6 +11,7 @@
  *   spec.c     what the host wants run, parsed
  *   system.c   modules, port, mounts, root
  *   command.c  the command: pipes or pseudo terminal, start, exit status
+ *   streams.c  its standard streams and their flow
  */
 #ifndef PYVMM_INIT_H
 #define PYVMM_INIT_H
@@ -108,5 +109,14 @@ void command_start(struct command *command, const struct spec *spec);
 void command_signal(const struct command *command, int number);
 void command_resize(const struct command *command, unsigned rows, unsigned columns);
 void command_close(struct command *command, int *fd);
+
+/* streams.c; streams are numbered as the command's descriptors are */
+void streams_credit(uint32_t stream, uint32_t bytes);
+void streams_accept_input(struct command *command, const uint8_t *data, size_t size);
+void streams_pump_input(struct command *command);
+bool streams_input_waits(const struct command *command);	/* for the command to read */
+bool streams_may_flow(int stream);
+/* Move what one stream has to the wire.  Returns false when it has nothing now. */
+bool streams_pump_output(struct command *command, int stream);
 
 #endif

@@ -1,8 +1,6 @@
 /* Life of the guest's first process: stages, event loop, orderly end.
  *
- * It is one thread around poll().  Bulk data moves only while the other side has given
- * credit and the queue to the port is short, so that a slow reader stops the command and
- * nothing else: signals, window sizes and the end always get through.
+ * It is one thread around poll(); nothing but the very end waits for anything else.
  */
 #define _GNU_SOURCE
 #include "init.h"
@@ -20,19 +18,13 @@
 #include <time.h>
 #include <unistd.h>
 
-#define QUEUE_SHORT (4u * FRAME_MAX)	/* bulk data waits while more is queued */
 #define BYE_DEADLINE_MS 10000
 #define TERM_GRACE_MS 500
 #define KILL_GRACE_MS 2000	/* who is still there hangs in the kernel */
 #define TTY_DRAIN_MS 100	/* what a terminal's line discipline may still hold back */
-#define CONTROL_D 4
 
 static struct spec spec;
 static struct command command = { .in = -1, .out = -1, .err = -1 };
-static uint8_t input[STDIN_WINDOW];
-static size_t input_start, input_end, input_used;
-static bool input_over;
-static size_t credit[3] = { 0, OUTPUT_WINDOW, OUTPUT_WINDOW };
 
 int64_t now_ms(void)
 {
@@ -171,108 +163,6 @@ static _Noreturn void host_is_gone(void)
 	system_power_off();
 }
 
-/* -- standard input ------------------------------------------------------------------- */
-
-static void accept_input(const uint8_t *data, size_t size)
-{
-	if (!size)
-		input_over = true;
-	if (command.in < 0) {	/* nobody reads: let the host go on */
-		if (size)
-			wire_send_pair(FRAME_CREDIT, 0, (uint32_t)size);
-		return;
-	}
-	if (input_end - input_start + size > sizeof input)
-		fatal("the host sent more input than it was allowed to");
-	if (input_end + size > sizeof input) {
-		memmove(input, input + input_start, input_end - input_start);
-		input_end -= input_start;
-		input_start = 0;
-	}
-	memcpy(input + input_end, data, size);
-	input_end += size;
-}
-
-static void give_credit(size_t size)
-{
-	input_used += size;
-	if (input_used >= STDIN_WINDOW / 4) {
-		wire_send_pair(FRAME_CREDIT, 0, (uint32_t)input_used);
-		input_used = 0;
-	}
-}
-
-static void close_input(void)
-{
-	give_credit(input_end - input_start);
-	input_start = input_end = 0;
-	command_close(&command, &command.in);
-}
-
-static void end_input(void)
-{
-	char end = CONTROL_D;
-
-	if (command.tty && write(command.in, &end, 1) < 0 && errno == EAGAIN)
-		return;	/* the terminal is full: again when it is not */
-	close_input();
-}
-
-static void pump_input(void)
-{
-	while (command.in >= 0 && input_start < input_end) {
-		ssize_t n = write(command.in, input + input_start, input_end - input_start);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0 && errno == EAGAIN)
-			return;
-		if (n < 0) {
-			close_input();
-			return;
-		}
-		input_start += (size_t)n;
-		give_credit((size_t)n);
-	}
-	if (command.in >= 0 && input_over)
-		end_input();
-}
-
-static bool input_waits(void)
-{
-	return command.in >= 0 && (input_start < input_end || input_over);
-}
-
-/* -- standard output and error ------------------------------------------------------- */
-
-static bool output_may_flow(int stream)
-{
-	return credit[stream] > 0 && wire_pending() < QUEUE_SHORT;
-}
-
-/* Move what one stream has to the wire.  Returns false when it has nothing now. */
-static bool pump_output(int stream, int *fd)
-{
-	static uint8_t buffer[FRAME_MAX];
-
-	while (*fd >= 0 && output_may_flow(stream)) {
-		size_t want = credit[stream] < sizeof buffer ? credit[stream] : sizeof buffer;
-		ssize_t n = read(*fd, buffer, want);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n < 0 && errno == EAGAIN)
-			return false;
-		if (n <= 0) {	/* a terminal whose last user left says EIO */
-			command_close(&command, fd);
-			return false;
-		}
-		credit[stream] -= (size_t)n;
-		wire_send(stream == 1 ? FRAME_STDOUT : FRAME_STDERR, buffer, (size_t)n);
-	}
-	return *fd >= 0;
-}
-
 /* -- frames from the host --------------------------------------------------------------- */
 
 static uint32_t le32(const uint8_t *at)
@@ -291,7 +181,7 @@ static void close_stream(uint32_t stream)
 static void handle(enum frame_type type, const uint8_t *payload, size_t size)
 {
 	if (type == FRAME_STDIN)
-		accept_input(payload, size);
+		streams_accept_input(&command, payload, size);
 	else if (type == FRAME_SIGNAL && size == 4)
 		command_signal(&command, (int)le32(payload));
 	else if (type == FRAME_WINDOW && size == 4)
@@ -299,7 +189,7 @@ static void handle(enum frame_type type, const uint8_t *payload, size_t size)
 	else if (type == FRAME_CLOSE && size == 4)
 		close_stream(le32(payload));
 	else if (type == FRAME_CREDIT && size == 8 && le32(payload) - 1 < 2)
-		credit[le32(payload)] += le32(payload + 4);
+		streams_credit(le32(payload), le32(payload + 4));
 	else
 		fatal("the host sent frame type %d of %zu bytes, which means nothing here", type, size);
 }
@@ -374,9 +264,9 @@ static void wait_for_events(int port, int child, int timeout)
 	struct pollfd fds[POLLED] = {
 		[PORT] = { port, POLLIN | (wire_pending() ? POLLOUT : 0), 0 },
 		[CHILD] = { child, POLLIN, 0 },
-		[IN] = { input_waits() ? command.in : -1, POLLOUT, 0 },
-		[OUT] = { output_may_flow(1) ? command.out : -1, POLLIN, 0 },
-		[ERR] = { output_may_flow(2) ? command.err : -1, POLLIN, 0 },
+		[IN] = { streams_input_waits(&command) ? command.in : -1, POLLOUT, 0 },
+		[OUT] = { streams_may_flow(1) ? command.out : -1, POLLIN, 0 },
+		[ERR] = { streams_may_flow(2) ? command.err : -1, POLLIN, 0 },
 	};
 	struct signalfd_siginfo info;
 
@@ -406,9 +296,9 @@ static _Noreturn void serve(int port, int child)
 		reap();
 		if (command.ended && !ended)
 			ended = now_ms();
-		pump_input();
-		out_more = pump_output(1, &command.out);
-		err_more = pump_output(2, &command.err);
+		streams_pump_input(&command);
+		out_more = streams_pump_output(&command, 1);
+		err_more = streams_pump_output(&command, 2);
 		if (!wire_flush())
 			host_is_gone();
 		if (ended && drained(out_more, err_more, ended))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import socket
 from collections import deque
 
 from ..errors import RemoteProtocolError
@@ -22,6 +21,7 @@ from . import protocol as p
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
 
     from ..loop import EventLoop
@@ -110,7 +110,7 @@ class CommandChannel:
     def __init__(
         self,
         loop: EventLoop,
-        sock: socket.socket,
+        sock: socket,
         spec: p.Spec,
         on_end: Callable[[Outcome], None],
         *,
