@@ -92,9 +92,13 @@ def _values(given: Arguments) -> dict[str, Any]:
 
 
 def _needs_lab(accel: str) -> bool:
-    if accel != "auto":
-        return accel == "lab"
     from ..host import accel as probe
+
+    inside = bool(os.environ.get(probe.LAB_MARK))
+    if accel != "auto" or inside:
+        if accel == "lab" and inside:
+            raise ConfigError("--accel: lab: this already is the lab; its KVM works, use kvm or auto")
+        return accel == "lab"
 
     reason = probe.why_not()
     if reason:

@@ -23,6 +23,7 @@ from ..guest.channel import CommandChannel
 from ..loop import EventLoop
 from ..record import Record
 from . import emulator
+from .accel import LAB_MARK as MARK
 from .backends import BackendProcess, start_virtiofsd
 from .children import Child
 from .console import ConsoleLog
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from ..guest.channel import Outcome
 
-MARK = "PYVMM_LAB"  # set in the environment of everything that runs inside
 LAST_WORDS_SECONDS = 1.0
 MIB = 1 << 20
 _STAGES = {
@@ -59,11 +59,6 @@ class LabConfig(Record):
     cpus: int = 2
     timeout: float = 0
     tty: tuple[int, int] | None = None
-
-
-def inside() -> bool:
-    """Whether this process already runs in the lab."""
-    return bool(os.environ.get(MARK))
 
 
 class Lab:

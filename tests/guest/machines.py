@@ -32,13 +32,17 @@ class Result:
     def __repr__(self) -> str:
         return (
             f"{' '.join(self.argv)}\n-> status {self.status} after {self.seconds:.1f} s\n"
-            f"--- stdout\n{self.stdout.decode(errors='replace')}\n--- stderr\n{self.stderr.decode(errors='replace')}"
+            f"--- stdout\n{_text(self.stdout)}\n--- stderr\n{_text(self.stderr)}"
         )
 
     def ok(self) -> Result:
         """Itself, if the command succeeded."""
         assert self.status == 0, repr(self)
         return self
+
+
+def _text(data: bytes) -> str:
+    return data[-8000:].decode(errors="replace")
 
 
 class Machine:
@@ -88,7 +92,7 @@ class LabMachine(Machine):
         super().__init__(shared)
         self._log = (shared / "lab.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pyvmm", "lab", "--share", str(shared), "--"]
+            [sys.executable, "-P", "-m", "pyvmm", "lab", "--memory", "9G", "--share", str(shared), "--"]
             + [sys.executable, "-P", agent.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -58,13 +58,6 @@ def test_only_directories_can_be_shared(tmp_path: Path) -> None:
         lab.run_in_lab(["true"], share=[str(tmp_path / "file")])
 
 
-def test_inside_is_told_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(lab.MARK, raising=False)
-    assert not lab.inside()
-    monkeypatch.setenv(lab.MARK, "1")
-    assert lab.inside()
-
-
 PANIC = b"[    1.5] Kernel panic - not syncing: VFS: no root\r\n[    1.6] CPU: 0\r\n"
 
 

@@ -1,0 +1,128 @@
+"""`pyvmm run` with real kernels and the real virtiofsd: streams, statuses, files, failures."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from guest.machines import Machine
+
+from pyvmm.host.kernels import Kernel
+
+pytestmark = pytest.mark.slow
+
+KERNELS = ("own", "debian")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_streams_and_status_are_the_commands(machine: Machine, kernel: str) -> None:
+    script = "uname -r; echo problem >&2; cat; exit 37"
+    done = machine.pyvmm("run", "--kernel", kernel, "--", "sh", "-c", script, stdin=b"in\0put")
+    assert done.status == 37, repr(done)
+    release, rest = done.stdout.split(b"\n", 1)
+    assert (b"cloud" in release) == (kernel == "debian")
+    assert rest == b"in\0put"
+    assert done.stderr == b"problem\n"
+
+
+def test_the_guest_sees_this_hosts_files(machine: Machine) -> None:
+    paths = ["/etc/debian_version", "/usr/bin/python3", "/usr/lib/qemu/virtiofsd"]
+    done = machine.pyvmm("run", "--", "sha256sum", *paths).ok()
+    for line, path in zip(done.stdout.decode().splitlines(), paths, strict=True):
+        assert line.split()[0] == hashlib.sha256(Path(path).read_bytes()).hexdigest(), path
+
+
+def test_a_change_stays_in_the_guest(machine: Machine) -> None:
+    script = "echo changed >/etc/hostname; rm /etc/debian_version; cat /etc/hostname; ls /etc/debian_version"
+    done = machine.pyvmm("run", "--", "sh", "-c", script)
+    assert done.stdout == b"changed\n"
+    assert done.status == 2, repr(done)
+    assert machine.run("cat", "/etc/hostname").ok().stdout != b"changed\n"
+    assert Path("/etc/debian_version").exists()
+
+
+def test_100_mb_each_way_over_a_share(machine: Machine, scratch: Path) -> None:
+    size = 100_000_000
+    block = os.urandom(1_000_000)
+    with (scratch / "in").open("wb") as file:
+        for _ in range(size // len(block)):
+            file.write(block)
+    digest = hashlib.sha256(block * (size // len(block))).hexdigest()
+    script = f"cd {scratch} && sha256sum <in && cp in out && sync && stat -c %s out"
+    done = machine.pyvmm("run", "--share", scratch, "--", "sh", "-c", script, timeout=290).ok()
+    assert done.stdout.decode().split() == [digest, "-", str(size)]
+    assert hashlib.sha256((scratch / "out").read_bytes()).hexdigest() == digest
+
+
+def test_names_sizes_modes_and_links_on_a_share(machine: Machine, scratch: Path) -> None:
+    (scratch / "empty").touch()
+    (scratch / "odd").write_bytes(b"x" * 4097)
+    (scratch / "odd").chmod(0o640)
+    (scratch / "link").symlink_to("odd")
+    (scratch / "name with \u00e4 space").write_text("here")
+    script = f"cd {scratch} && stat -c '%n %s %a' empty odd && readlink link && cat name* && mkdir new && ls -a | wc -l"
+    done = machine.pyvmm("run", "--share", scratch, "--", "sh", "-c", script).ok()
+    assert done.stdout == b"empty 0 644\nodd 4097 640\nodd\nhere7\n"
+    assert (scratch / "new").is_dir()
+
+
+@pytest.mark.parametrize(("cpus", "memory", "megabytes"), [(1, "256M", 256), (4, "5G", 5120)])
+def test_cpus_and_memory(machine: Machine, cpus: int, memory: str, megabytes: int) -> None:
+    script = "nproc; grep MemTotal /proc/meminfo; dmesg | grep -ci 'calibrating delay' || true"
+    done = machine.pyvmm("run", "--cpus", str(cpus), "--memory", memory, "--", "sh", "-c", script).ok()
+    count, total, *_ = done.stdout.decode().splitlines()
+    assert int(count) == cpus
+    assert 0.85 * megabytes < int(total.split()[1]) / 1024 <= megabytes
+
+
+def test_5_gib_are_used_above_the_hole(machine: Machine) -> None:
+    """Every page of a big file in the guest's memory is written and read back."""
+    script = "dd if=/dev/urandom of=/dev/shm/a bs=1M count=64 2>/dev/null; cat /proc/iomem | grep 'System RAM'"
+    done = machine.pyvmm("run", "--memory", "5G", "--", "sh", "-c", script).ok()
+    assert b"100000000-1bfffffff : System RAM" in done.stdout, repr(done)
+
+
+def test_a_guest_panic_has_its_own_status_and_name(machine: Machine) -> None:
+    done = machine.pyvmm("run", "--", "sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60")
+    assert done.status == 125, repr(done)
+    assert b"panicked: sysrq triggered crash" in done.stderr.lower().replace(b"kernel panicked", b"panicked")
+    assert b"Call Trace" in done.stderr
+
+
+def test_a_timeout_has_its_own_status_and_name(machine: Machine) -> None:
+    done = machine.pyvmm("run", "--timeout", "45", "--", "sleep", "1000")
+    assert done.status == 124, repr(done)
+    assert re.search(rb"timeout: the command did not end within 45 s", done.stderr)
+
+
+def test_ctrl_c_reaches_the_command(machine: Machine) -> None:
+    script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 1; done"
+    done = machine.pyvmm("run", "--", "sh", "-c", script, signal_after=(60, signal.SIGINT))
+    assert (done.status, done.stdout) == (5, b"ready\ncaught\n"), repr(done)
+
+
+def test_sigterm_leaves_nothing_behind(machine: Machine) -> None:
+    done = machine.pyvmm("run", "--", "sleep", "1000", signal_after=(45, signal.SIGTERM))
+    assert done.status == 128 + signal.SIGTERM, repr(done)
+    left = machine.run("sh", "-c", "pgrep -a 'virtiofsd|pyvmm' | grep -v agent; ls /tmp | grep -i sock; true")
+    assert b"tag" not in left.stdout and b"virtiofsd" not in left.stdout.replace(b"cache=always", b""), repr(left)
+
+
+def test_a_signalled_command_counts_as_in_a_shell(machine: Machine) -> None:
+    assert machine.pyvmm("run", "--", "sh", "-c", "kill -9 $$").status == 128 + 9
+
+
+def test_a_command_that_is_not_there(machine: Machine) -> None:
+    done = machine.pyvmm("run", "--", "no-such-command")
+    assert done.status == 127, repr(done)
+    assert b"no-such-command" in done.stderr
+
+
+def test_without_a_command_it_shows_the_guest(machine: Machine, debian_kernel: Kernel) -> None:
+    shown = machine.pyvmm("run", "--kernel", "debian").ok().stdout.decode()
+    for part in (f"Linux {debian_kernel.release}", "virtiofs", "driver virtio_console", "command ended"):
+        assert part in shown
