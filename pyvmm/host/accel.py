@@ -13,7 +13,7 @@ from struct import pack_into
 from time import perf_counter
 
 from .. import cache
-from ..errors import KvmError
+from ..errors import ConfigError, KvmError
 from ..record import Record
 
 TYPE_CHECKING = False
@@ -62,7 +62,7 @@ class _Doorbell:
 def runs_kernels(path: str = "/dev/kvm") -> bool:
     """Whether a kernel would run natively; measured once per boot of this host.
 
-    Raises KvmError when KVM cannot be used at all.
+    Raises ConfigError or KvmError when KVM cannot be used at all.
     """
     memory = _memory_path(path)
     try:
@@ -78,7 +78,7 @@ def why_not(path: str = "/dev/kvm") -> str:
     """The fact that keeps Linux from running under this host's KVM, or nothing."""
     try:
         return "" if runs_kernels(path) else f"the KVM of {path} emulates ring 0, so Linux cannot run on it"
-    except OSError as error:
+    except (ConfigError, OSError) as error:
         return str(error)
 
 
