@@ -14,6 +14,7 @@ from . import devices, layout, log
 from .acpi.tables import build_tables
 from .boot import cpu, cpuid, load
 from .bus import Bus
+from .errors import ConfigError
 from .irq import InterruptRouter
 from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
 from .pci.host import PciHost
@@ -231,4 +232,18 @@ def _native_kvm() -> Any:
 def _allocate(memory: MemoryConfig) -> GuestRegion:
     from ._native.memory import GuestRegion
 
+    if memory.prefault and not memory.hugepages:
+        _check_available(memory.size)
     return GuestRegion(memory.size, hugepages=memory.hugepages, prefault=memory.prefault)
+
+
+def _check_available(size: int) -> None:
+    """Refuse to allocate at once what the host does not have: it would kill processes to find it."""
+    with open("/proc/meminfo", "rb") as file:
+        values = dict(line.split(b":") for line in file)
+    available = int(values[b"MemAvailable"].split()[0]) << 10
+    if size > available:
+        raise ConfigError(
+            f"--memory: prefault=on needs {size >> 20}M now, and this host has {available >> 20}M; "
+            "give less, or leave prefault out"
+        )
