@@ -52,11 +52,13 @@ class EventLoop:
         self._stopped = False
 
     def add_reader(self, fd: int, callback: Callback) -> None:
-        """Call `callback` whenever `fd` is readable or hung up, until `remove_reader`."""
-        known = fd in self._readers
-        self._readers[fd] = callback
-        if not known:
+        """Call `callback` whenever `fd` is readable or hung up, until `remove_reader`.
+
+        Raises PermissionError for what cannot be waited for: regular files, /dev/null.
+        """
+        if fd not in self._readers:
             self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+        self._readers[fd] = callback
 
     def remove_reader(self, fd: int) -> None:
         """Forget `fd`; harmless when it is unknown.  Call it before the fd is closed."""

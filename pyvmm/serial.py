@@ -43,7 +43,8 @@ class SerialPort:
         self._watch()
 
     def close(self) -> None:
-        """Stop reading and close the stream."""
+        """Say what the guest said last, stop reading and close the stream."""
+        self.uart.flush()
         self._unwatch()
         if isinstance(self._stream, ListeningStream):
             self._loop.remove_reader(self._stream.listener.fileno())

@@ -77,6 +77,8 @@ class Vm:
             stopped = self.threads.stop()
         if not stopped:
             log.warn("a virtual CPU did not stop in time; its thread is left behind")
+        if self.serial is not None:
+            self.serial.uart.flush()
         if self._crash is not None:
             return Outcome(CRASH, self._report(*self._crash))
         return self.outcome or Outcome(STOPPED)

@@ -52,6 +52,7 @@ class Machine:
 
     def __init__(self, shared: Path) -> None:
         self.shared = shared
+        self.pyvmm_words = f"{sys.executable} -P -m pyvmm"  # for shell scripts
 
     def run(
         self,

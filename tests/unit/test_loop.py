@@ -89,3 +89,12 @@ def test_removing_unknown_or_closed_descriptors_is_harmless() -> None:
         os.close(ours)
         os.close(theirs)
         loop.remove_reader(ours)
+
+
+def test_what_cannot_be_waited_for_is_refused_and_forgotten() -> None:
+    fd = os.open("/dev/null", os.O_RDONLY)
+    with EventLoop() as loop:
+        with pytest.raises(PermissionError):
+            loop.add_reader(fd, lambda: None)
+        loop.remove_reader(fd)
+    os.close(fd)

@@ -1,0 +1,192 @@
+"""`pyvmm boot`: cloud-hypervisor's command line, kernel formats and protocols, devices, crashes."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from guest.machines import Machine
+
+from pyvmm.guest import initramfs
+from pyvmm.host.kernels import Kernel
+
+pytestmark = pytest.mark.slow
+
+SECTOR, FIRST, LINUX = 512, 2048, 0x83
+INIT = """#!/bin/busybox sh
+PATH=/bin; /bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev 2>/dev/null; mount -t proc proc /proc; mount -t sysfs sys /sys
+{body}
+sync
+poweroff -f
+"""
+
+
+def disk_image(folder: Path, body: str) -> Path:
+    """A partitioned raw disk with ext4 and busybox, whose init runs `body` and powers off."""
+    tree = folder / "tree"
+    for name in ("bin", "dev", "proc", "sys", "sbin", "mnt"):
+        (tree / name).mkdir(parents=True)
+    shutil.copy("/bin/busybox", tree / "bin")
+    init = tree / "sbin" / "init"
+    init.write_text(INIT.format(body=body))
+    init.chmod(0o755)
+    part, image = folder / "part.ext4", folder / "image.raw"
+    subprocess.run(["mkfs.ext4", "-q", "-d", tree, part, "24M"], check=True)
+    with image.open("wb") as file:
+        file.truncate(FIRST * SECTOR)
+        file.seek(FIRST * SECTOR)
+        file.write(part.read_bytes())
+        file.truncate(file.tell() + 2048 * SECTOR)
+    with image.open("r+b") as file:
+        file.seek(446)
+        file.write(struct.pack("<4xB3xII", LINUX, FIRST, part.stat().st_size // SECTOR))
+        file.seek(510)
+        file.write(b"\x55\xaa")
+    return image
+
+
+def test_cloud_hypervisors_command_line(machine: Machine, own: Kernel, scratch: Path) -> None:
+    """The line of cloud-hypervisor's documentation: a disk, and virtiofsd on a socket with an odd name."""
+    shared = scratch / "shared"
+    shared.mkdir()
+    (shared / "hello").write_text("from virtiofsd\n")
+    body = "mount -t virtiofs myfs /mnt && cat /mnt/hello; echo back >/mnt/answer; mount | grep ' / '; umount /mnt"
+    image = disk_image(scratch, body)
+    script = f"""
+        cd $(mktemp -d); sock="$PWD/a\\"b,c.sock"
+        {VIRTIOFSD} --socket-path="$sock" -o source={shared} -o sandbox=chroot &
+        while ! [ -S "$sock" ]; do sleep 0.1; done
+        {machine.pyvmm_words} --cpus boot=1 --memory size=1G,shared=on --disk path={image} --kernel {own.path} \\
+            --cmdline "console=hvc0 root=/dev/vda1 rw" \\
+            --generic-vhost-user "socket=\\"${{sock//\\"/\\"\\"}}\\",virtio_id=26,queue_sizes=[512,512],config={CONFIG}"
+    """
+    done = machine.run("bash", "-c", script, timeout=200).ok()
+    console = done.stdout.decode()
+    assert "from virtiofsd" in console, repr(done)
+    assert "/dev/root on / type ext4 (rw" in console, repr(done)
+    assert (shared / "answer").read_text() == "back\n"
+
+
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd"
+CONFIG = (b"myfs".ljust(36, b"\0") + b"\1\0\0\0").hex()
+
+
+@pytest.mark.parametrize("image_type", ["raw", "qcow2"])
+def test_disks_keep_what_is_written(machine: Machine, own: Kernel, scratch: Path, image_type: str) -> None:
+    body = (
+        "cat /sys/block/vd?/size; dd if=/dev/urandom of=/data bs=1M count=8 2>/dev/null; md5sum </data;"
+        "dd if=/data of=/dev/vdb bs=1M conv=fsync 2>/dev/null; dd if=/dev/vdb bs=1M count=8 2>/dev/null | md5sum"
+    )
+    root = disk_image(scratch, body)
+    second = scratch / "second"
+    subprocess.run(["qemu-img", "create", "-q", "-f", image_type, second, "16M"], check=True)
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={root}", f"path={second},num_queues=2,image_type={image_type}",
+        "--cpus", "boot=2", "--cmdline", "console=hvc0 root=/dev/vda1 rw quiet",
+    ).ok()  # fmt: skip
+    lines = done.stdout.decode().split()
+    assert "32768" in lines, repr(done)
+    sums = [word for word in lines if len(word) == 32]
+    assert len(sums) == 2 and sums[0] == sums[1], repr(done)
+
+
+def test_a_read_only_disk_cannot_be_written(machine: Machine, own: Kernel, scratch: Path) -> None:
+    body = "mount | grep ' / '; cat /sys/block/vda/ro; mount -o remount,rw / || echo refused"
+    image = disk_image(scratch, body)
+    before = image.read_bytes()
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={image},readonly=on", "--cmdline", "console=hvc0 root=/dev/vda1 quiet"
+    ).ok()
+    assert "refused" in done.stdout.decode(), repr(done)
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kernel", "protocol"), [("own", "pvh"), ("own", "linux64"), ("debian", "bzimage"), ("debian", "auto")]
+)
+def test_kernel_formats_and_entries(
+    machine: Machine, own: Kernel, debian_kernel: Kernel, kernel: str, protocol: str
+) -> None:
+    """Each entry gets as far as the initramfs, whose init finds no command channel and says so."""
+    chosen = own if kernel == "own" else debian_kernel
+    archive = initramfs.for_kernel(chosen.modules)
+    done = machine.pyvmm(
+        "boot", "--kernel", chosen.path, "--initramfs", archive, "--protocol", protocol, "--console", "off",
+        "--serial", "tty", "--cmdline", "console=ttyS0 panic=-1 quiet",
+    )  # fmt: skip
+    assert b"pyvmm-init: fatal" in done.stdout, repr(done)
+
+
+def test_interrupts_without_msi_work(machine: Machine, own: Kernel, scratch: Path) -> None:
+    """With pci=nomsi every device shares a level-triggered line, which must rise and fall right."""
+    body = "dd if=/dev/vda of=/dev/null bs=64k count=64 2>/dev/null && grep virtio /proc/interrupts; echo finished"
+    image = disk_image(scratch, body)
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={image}",
+        "--cmdline", "console=hvc0 root=/dev/vda1 ro quiet pci=nomsi",
+    ).ok()  # fmt: skip
+    assert "fasteoi" in done.stdout.decode() and "finished" in done.stdout.decode(), repr(done)
+
+
+def test_random_bytes_come_from_the_file_given(machine: Machine, own: Kernel, scratch: Path) -> None:
+    (scratch / "source").write_bytes(b"not random at all " * 100000)
+    body = "head -c 64 /dev/hwrng >/tmp/x 2>/dev/null || head -c 64 /dev/hwrng; echo; echo finished"
+    image = disk_image(scratch, body)
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={image}", "--rng", f"src={scratch / 'source'}",
+        "--cmdline", "console=hvc0 root=/dev/vda1 ro quiet",
+    ).ok()  # fmt: skip
+    assert b"not random at all" in done.stdout, repr(done)
+
+
+def test_the_serial_port_goes_to_a_file(machine: Machine, own: Kernel, scratch: Path) -> None:
+    image = disk_image(scratch, "echo over the wire >/dev/ttyS0; echo finished")
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={image}", "--serial", f"file={scratch / 'serial'}",
+        "--cmdline", "console=hvc0 root=/dev/vda1 ro quiet",
+    ).ok()  # fmt: skip
+    assert b"finished" in done.stdout, repr(done)
+    assert b"over the wire" in (scratch / "serial").read_bytes()
+
+
+def test_a_restart_ends_the_run_in_order(machine: Machine, own: Kernel, scratch: Path) -> None:
+    image = disk_image(scratch, "echo going; reboot -f")
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={image}", "--cmdline", "console=hvc0 root=/dev/vda1 ro quiet"
+    ).ok()
+    assert b"going" in done.stdout, repr(done)
+
+
+def test_a_triple_fault_is_reported(machine: Machine, own: Kernel, scratch: Path) -> None:
+    """reboot=t makes Linux end by a triple fault."""
+    image = disk_image(scratch, "reboot -f")
+    done = machine.pyvmm(
+        "--kernel", own.path, "--disk", f"path={image}", "--cmdline", "console=hvc0 root=/dev/vda1 ro quiet reboot=t"
+    )
+    assert done.status == 126, repr(done)
+    assert b"triple fault" in done.stderr, repr(done)
+
+
+def test_a_lost_backend_costs_its_device_and_nothing_else(machine: Machine, own: Kernel, scratch: Path) -> None:
+    """The file server is killed under a running guest: its device fails, the disk goes on."""
+    (scratch / "shared").mkdir()
+    body = (
+        "mount -t virtiofs myfs /mnt && touch /mnt/ready; sleep 4;"
+        "dd if=/dev/vda of=/dev/null bs=64k count=64 2>/dev/null && echo disk lives"
+    )
+    image = disk_image(scratch, body)
+    script = f"""
+        cd $(mktemp -d)
+        {VIRTIOFSD} --socket-path=fs.sock -o source={scratch}/shared -o sandbox=chroot & pid=$!
+        while ! [ -S fs.sock ]; do sleep 0.1; done
+        (while ! [ -e {scratch}/shared/ready ]; do sleep 0.1; done; pkill -9 -P $pid; kill -9 $pid) &
+        {machine.pyvmm_words} --kernel {own.path} --disk path={image} --cmdline "console=hvc0 root=/dev/vda1 ro quiet" \\
+            --generic-vhost-user "socket=fs.sock,device_type=fs,queue_sizes=[512,512],config={CONFIG}"
+    """
+    done = machine.run("bash", "-c", script, timeout=200).ok()
+    assert b"disk lives" in done.stdout, repr(done)
+    assert b"closed the connection" in done.stderr or b"lost" in done.stderr, repr(done)
