@@ -7,6 +7,8 @@ of sockets, eventfds or what the buffers mean: `pyvmm.backend` does.
 
 A driver is hostile until shown otherwise.  Each value in a ring is loaded once, checked,
 and used from the local copy; a ring that breaks the rules raises `RingError`.
+
+In one file because the classes use each other's C fields, which Cython hides between modules.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer

@@ -33,6 +33,7 @@ class Timer:
         self.callback: Callback | None = callback
 
     def cancel(self) -> None:
+        """Have nothing happen when the time comes."""
         self.callback = None
 
     def __lt__(self, other: Timer) -> bool:
@@ -76,14 +77,16 @@ class EventLoop:
         return timer
 
     def call_soon_threadsafe(self, callback: Callback) -> None:
-        """Call `callback` in the loop's thread; may be called from any thread."""
+        """Call `callback` in the loop's thread; may be called from any thread.  Nothing once closed."""
         self._posted.append(callback)
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def stop(self) -> None:
         """Make `run` return; may be called from any thread and from signal handlers."""
         self._stopped = True
-        os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            os.eventfd_write(self._wake, 1)
 
     def run(self) -> None:
         """Dispatch until `stop`.  An exception in a callback ends the loop and is raised."""

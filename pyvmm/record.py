@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 else:
 
     def dataclass_transform(**_):
+        """For type checkers only; at run time it does nothing."""
         return lambda cls: cls
 
 

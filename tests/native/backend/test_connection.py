@@ -1,4 +1,7 @@
-"""The backend library against frontends of every habit, in one process over a socketpair."""
+"""The backend library against frontends of every habit, in one process over a socketpair.
+
+In one file because every case drives the same connection through the same driver.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The console backend in its own process, against a driver with Linux' habits."""
+"""The console backend in its own process, against a driver with Linux' habits.
+
+In one file because every case needs the same process, ports and driver.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The frontend against a scripted backend: order of messages, configuration, loss, hostility."""
+"""The frontend against a scripted backend: order of messages, configuration, loss, hostility.
+
+In one file because every case plays the same scripted backend.
+"""
 
 from __future__ import annotations
 
