@@ -251,14 +251,18 @@ static void mount_or_die(const struct mount_spec *m, const char *target)
 	fatal("cannot mount %s '%s' on %s: %s", m->type, m->source, m->target, reason(m, error));
 }
 
-static bool mount_overlay(void)
+/* The mount's source says what lies below: nothing else in the guest could tell. */
+static bool mount_overlay(const struct mount_spec *lower)
 {
+	char source[128];
+
+	snprintf(source, sizeof source, "%s:%s", lower->type, lower->source);
 	mkdir(UPPER, 0755);
 	if (mount("tmpfs", UPPER, "tmpfs", 0, "mode=0755"))
 		return false;
 	mkdir(UPPER "/data", 0755);
 	mkdir(UPPER "/work", 0755);
-	return !mount("overlay", NEW_ROOT, "overlay", 0,
+	return !mount(source, NEW_ROOT, "overlay", 0,
 		      "lowerdir=" LOWER ",upperdir=" UPPER "/data,workdir=" UPPER "/work");
 }
 
@@ -272,7 +276,7 @@ static bool assemble_root(const struct spec *spec)
 	}
 	mkdir(LOWER, 0755);
 	mount_or_die(&spec->root, LOWER);
-	if (mount_overlay())
+	if (mount_overlay(&spec->root))
 		return true;
 	warning("no writable overlay over the root (%s): it is read-only, but for /tmp, /var/tmp and /run",
 		errno == ENODEV ? "the guest's kernel has no overlay file system" : strerror(errno));
