@@ -7,6 +7,8 @@ which device kinds exist; names of kinds stay text until the machine is built.
 
 from __future__ import annotations
 
+import os
+
 from . import options
 from .errors import ConfigError
 from .layout import GIB, MIB, PAGE_SIZE
@@ -16,6 +18,9 @@ from .record import Record
 MAX_CPUS = 32
 MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 512 * GIB
+MAX_QUEUES = 256
+IMAGE_TYPES = ("raw", "qcow2")
+CACHES = ("auto", "always", "never", "metadata")
 PROTOCOLS = ("auto", "pvh", "linux64", "bzimage")
 
 
@@ -221,9 +226,11 @@ def disk(text: str) -> DiskDevice:
     """`path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,image_type=raw|qcow2]`."""
     values = options.parse("--disk", text, DISK_KEYS)
     check_queue_size("--disk", values["queue_size"])
-    if not 1 <= values["num_queues"] <= 256:
-        raise ConfigError(f"--disk: num_queues={values['num_queues']}: 1 to 256 is possible")
-    return DiskDevice(**{**values, "image_type": values["image_type"].lower()})
+    if not 1 <= values["num_queues"] <= MAX_QUEUES:
+        raise ConfigError(f"--disk: num_queues={values['num_queues']}: 1 to {MAX_QUEUES} is possible")
+    values["image_type"] = values["image_type"].lower()
+    _one_of("--disk: image_type", values["image_type"], IMAGE_TYPES)
+    return DiskDevice(**values)
 
 
 def fs(text: str) -> FsDevice:
@@ -231,10 +238,18 @@ def fs(text: str) -> FsDevice:
     values = options.parse("--fs", text, FS_KEYS)
     if bool(values["dir"]) == bool(values["socket"]):
         raise ConfigError("--fs: one of dir= (pyvmm starts virtiofsd) and socket= (it runs) is needed")
-    if not 1 <= len(values["tag"].encode()) <= 36:
+    if not 1 <= len(os.fsencode(values["tag"])) <= 36:
         raise ConfigError(f"--fs: tag={values['tag']}: 1 to 36 bytes are needed")
+    if not 1 <= values["num_queues"] <= MAX_QUEUES - 1:  # one more is for what must not wait
+        raise ConfigError(f"--fs: num_queues={values['num_queues']}: 1 to {MAX_QUEUES - 1} is possible")
+    _one_of("--fs: cache", values["cache"], CACHES)
     check_queue_size("--fs", values["queue_size"])
     return FsDevice(**values)
+
+
+def _one_of(option: str, value: str, values: tuple[str, ...]) -> None:
+    if value and value not in values:
+        raise ConfigError(f"{option}={value}: one of {', '.join(values)} is needed")
 
 
 def rng(text: str) -> RngDevice:

@@ -8,21 +8,24 @@ the checks that need the table of kinds.  Every one of them ends as the same thi
 from __future__ import annotations
 
 import os
+import stat
 
 from . import config as cfg
 from . import options
 from .backend import process
 from .backend.endpoints import PortConfig
 from .errors import ConfigError
+from .files import open_file
 from .host import backends
 from .streams import ListeningStream, open_stream
 from .vhost_user.endpoint import CallEndpoint
 from .vhost_user.frontend import Frontend
 from .virtio import kinds
+from .virtio.pci import CONFIG_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
     from .backend.device import Device
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
     from .virtio.kinds import Kind
 
 MAX_ID = 0x3F  # 0x1040 + id must stay below 0x1080 (virtio 1.2, 4.1.2.1)
-FS_CONFIG_SIZE = 40  # tag and num_request_queues; what follows needs a feature nobody offers
+CONFIG_CURE = "give hex, @FILE or [field=value,...]"
 
 
 class Prepared:
@@ -75,6 +78,11 @@ class Prepared:
             force=self._force,
         )
 
+    def start(self) -> None:
+        """The guest runs from now on."""
+        if self.stream is not None:
+            self.stream.start()
+
     def close(self) -> None:
         """End the backend if it was started for this device."""
         if self._backend is not None:
@@ -96,25 +104,40 @@ def find_kind(option: str, text: str) -> Kind:
             names = [kind.name for kind in kinds.KINDS]
             raise ConfigError(f"{option}: unknown device type {text!r}{options.nearest(text, names)}")
         return kind
-    number = int(text)
+    number = int(text) if len(text) <= options.MAX_DIGITS else 0
     if not 1 <= number <= MAX_ID:
-        raise ConfigError(f"{option}: device type {number}: 1 to {MAX_ID} are possible")
-    return kinds.by_id(number) or kinds.Kind(number, f"virtio-{number}")
+        raise ConfigError(f"{option}: device type {text}: 1 to {MAX_ID} are possible")
+    return kinds.of(number)
 
 
 def config_bytes(option: str, text: str, kind: Kind) -> bytes | None:
     """`config=`: hexadecimal digits, `@FILE`, or `[field=value,...]` by the kind's layout."""
     if not text:
         return None
+    subject = f"{option}: config={text}"
     try:
-        if text.startswith("@"):
-            with open(text[1:], "rb") as file:
-                return file.read(4096)
-        if text.startswith("["):
-            return _config_fields(text[1:-1], kind)
+        data = _config_file(subject, text[1:]) if text[0] == "@" else _config_text(text, kind)
+    except (ValueError, options.OptionSyntaxError) as error:
+        raise ConfigError(f"{subject}: {error}; {CONFIG_CURE}") from None
+    if len(data) > CONFIG_MAX:
+        raise ConfigError(f"{subject}: is longer than {CONFIG_MAX} bytes; give what the device has")
+    return data
+
+
+def _config_file(subject: str, path: str) -> bytes:
+    fd = open_file(subject, path, CONFIG_CURE)
+    try:
+        return os.read(fd, CONFIG_MAX + 1)
+    finally:
+        os.close(fd)
+
+
+def _config_text(text: str, kind: Kind) -> bytes:
+    if text[0] != "[":
         return bytes.fromhex(text)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}: config={text}: {error}; give hex, @FILE or [field=value,...]") from None
+    if text[-1] != "]":
+        raise ValueError("']' is missing at the end")
+    return _config_fields(text[1:-1], kind)
 
 
 def _config_fields(text: str, kind: Kind) -> bytes:
@@ -141,6 +164,28 @@ def _field(value: str, name: str, width: int) -> bytes:
     return raw.ljust(width, b"\0")
 
 
+def check_together(devices: Iterable[Record]) -> None:
+    """Refuse devices that want what only one of them can have.  Raises ConfigError."""
+    claimed = set()
+    for claim in (claim for device in devices for claim in _claims(device)):
+        if claim in claimed:
+            raise ConfigError(f"{claim}: two devices cannot share it; choose another")
+        claimed.add(claim)
+
+
+def _claims(device: Any) -> Iterator[str]:
+    if getattr(device, "id", ""):
+        yield f"id={device.id}"
+    if getattr(device, "socket", ""):
+        yield f"socket {device.socket}"  # a backend serves one frontend at a time
+    if getattr(device, "fd", -1) >= 0:
+        yield f"fd {device.fd}"
+    if isinstance(device, cfg.FsDevice):
+        yield f"--fs: tag={device.tag}"
+    if isinstance(device, cfg.DiskDevice) and not device.readonly:
+        yield f"--disk: path={device.path}"
+
+
 # -- one maker for each option -----------------------------------------------------------
 
 
@@ -160,7 +205,7 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
 
 def _fs(device: cfg.FsDevice) -> Prepared:
     kind = _kind("fs")
-    tag = device.tag.encode()
+    tag = os.fsencode(device.tag)
     config = tag.ljust(36, b"\0") + device.num_queues.to_bytes(4, "little")
     sizes = (device.queue_size,) * (1 + device.num_queues)  # the first is the high-priority queue
     backend = None if device.socket else backends.start_virtiofsd(device)
@@ -181,8 +226,8 @@ def _rng(device: cfg.RngDevice) -> Prepared:
 
         return Rng(device.src)
 
-    if not os.access(device.src, os.R_OK):
-        raise ConfigError(f"--rng: src={device.src}: cannot be read; name a readable file or device")
+    cure, tests = "name a readable file or device", (stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)
+    os.close(open_file(f"--rng: src={device.src}", device.src, cure, *tests))
     return _python(device.id or "rng", "rng", (256,), process.spawn(make, name="rng"))
 
 

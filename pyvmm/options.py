@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SIZE_UNITS = {"K": 10, "M": 20, "G": 30}
 _TOGGLES = {"on": True, "true": True, "off": False, "false": False, "": False}
 _U64 = 1 << 64
+MAX_DIGITS = 20  # what 64 bits can need; Python refuses to convert some thousands
 
 
 class OptionSyntaxError(ConfigError):
@@ -78,7 +79,7 @@ def dequote(text: str) -> str:
 def integer(text: str) -> int:
     """Decimal digits, optionally quoted."""
     digits = dequote(text)
-    if not (digits.isascii() and digits.isdigit()):
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > MAX_DIGITS:
         raise ValueError("a number is needed, such as 2")
     return int(digits)
 
@@ -88,7 +89,8 @@ def size(text: str) -> int:
     value = dequote(text)
     shift = _SIZE_UNITS.get(value[-1:], 0)
     digits = value[:-1] if shift else value
-    if not (digits.isascii() and digits.isdigit()) or int(digits) << shift >= _U64:
+    plain = digits.isascii() and digits.isdigit() and len(digits) <= MAX_DIGITS
+    if not plain or int(digits) << shift >= _U64:
         raise ValueError("a size is needed: bytes, or a number with K, M or G, such as 512M")
     return int(digits) << shift
 

@@ -12,6 +12,7 @@ import stat
 
 from . import log
 from .errors import ConfigError
+from .files import SOCKET_PATH_MAX, open_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ class Stream:
         self.output_fd = output_fd
         self._owned = owned
 
+    def start(self) -> None:
+        """The guest runs from now on."""
+
     def close(self) -> None:
         """Close what was opened here; harmless when repeated."""
         for fd in self._owned:
@@ -35,11 +39,17 @@ class Stream:
 
 
 class Terminal(Stream):
-    """Standard input and output, the terminal in raw mode until `close`."""
+    """Standard input and output, the terminal in raw mode from `start` to `close`.
+
+    Until then Ctrl-C is the user's, who may not want to wait for a backend.
+    """
 
     def __init__(self) -> None:
         super().__init__(0, 1)
         self._saved: list[object] | None = None
+
+    def start(self) -> None:
+        """Let the guest have every key."""
         if os.isatty(0):
             import termios
             import tty
@@ -50,11 +60,14 @@ class Terminal(Stream):
     def close(self) -> None:
         """Put the terminal back as it was found."""
         super().close()
-        if self._saved is not None:
+        saved, self._saved = self._saved, None
+        if saved is not None:
             import termios
 
-            termios.tcsetattr(0, termios.TCSADRAIN, self._saved)  # type: ignore[arg-type]
-            self._saved = None
+            try:
+                termios.tcsetattr(0, termios.TCSADRAIN, saved)  # type: ignore[arg-type]
+            except termios.error as error:
+                log.debug(f"the terminal is gone: {error}")
 
 
 class ListeningStream(Stream):
@@ -62,11 +75,14 @@ class ListeningStream(Stream):
 
     def __init__(self, option: str, path: str) -> None:
         super().__init__()
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise ConfigError(f"{option}: {path}: is longer than {SOCKET_PATH_MAX} bytes; use a shorter path")
         self._path = path
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             _unlink_stale(path)
             self.listener.bind(path)
+            self._identity = _identity(path)
             self.listener.listen(1)
         except OSError as error:
             self.listener.close()
@@ -91,7 +107,8 @@ class ListeningStream(Stream):
         self.drop()
         if self.listener.fileno() >= 0:
             self.listener.close()
-            _unlink_stale(self._path)
+            if _identity(self._path) == self._identity:  # nobody has put another there
+                os.unlink(self._path)
 
 
 def open_stream(option: str, config: StreamConfig) -> Stream:
@@ -119,10 +136,9 @@ def _pty(option: str, path: str) -> Stream:
 
 
 def _file(option: str, path: str) -> Stream:
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{option}: {path}: {error.strerror}; a writable file is needed") from error
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    kinds = (stat.S_ISREG, stat.S_ISCHR, stat.S_ISFIFO)
+    fd = open_file(f"{option}: {path}", path, "a writable file is needed", *kinds, flags=flags)
     return Stream(-1, fd, (fd,))
 
 
@@ -131,12 +147,27 @@ def _socket(option: str, path: str) -> Stream:
 
 
 def _unlink_stale(path: str) -> None:
-    """Remove a socket left over from before; anything else at `path` stays."""
+    """Remove a socket left over from before; anything else at `path` stays.
+
+    Whether somebody listens shows in how connecting a datagram socket fails, which the
+    listener does not notice.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                os.unlink(path)
+        except OSError:
+            return  # it is used, absent or out of reach: listening will tell
+
+
+def _identity(path: str) -> tuple[int, int] | None:
     try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        return
+        facts = os.lstat(path)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino
 
 
 _OPENERS = {

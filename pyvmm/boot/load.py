@@ -7,10 +7,10 @@ protocols are its neighbours' (elf, bzimage, payload, pvh, linux64); it does not
 from __future__ import annotations
 
 import os
-import stat
 
 from .. import layout
 from ..errors import ConfigError
+from ..files import open_file
 from ..record import Record
 from . import bzimage, cpu, elf, firmware, image, linux64, payload, pvh
 from .cpu import LINUX64, PVH, BootState
@@ -151,12 +151,4 @@ def _load_initramfs(path: str, ram: GuestRam, lowest: int, limit: int) -> tuple[
 
 
 def _open(what: str, path: str) -> int:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        told = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"{what} {path}: {told}; a readable file is needed") from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ConfigError(f"{what} {path}: is not a regular file; a file is needed")
-    return fd
+    return open_file(f"{what} {path}", path, "a readable file is needed")

@@ -103,7 +103,8 @@ class _Parser:
             elif self.command.words:
                 self.words.append(word)
             else:
-                raise self.error(f"unexpected word {word!r}")
+                cure = f"; a command follows two dashes: -- {word}" if self.command.trailing else ""
+                raise self.error(f"unexpected word {word!r}{cure}")
         return Arguments(self.values, self.words, self.trailing)
 
     def _trail(self, words: Sequence[str]) -> None:

@@ -11,10 +11,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from _socket import AF_UNIX, SOCK_STREAM, socket
 
 from .. import log
 from ..errors import ConfigError
+from ..files import open_file
 from ..record import Record
 from ..vhost_user.endpoint import Endpoint
 
@@ -216,12 +218,10 @@ def open_image(device: DiskDevice) -> int:
     The storage daemon's export shares the image with every other writer, so two machines
     would destroy it; this lock is between machines of ours.
     """
-    mode = os.O_RDONLY if device.readonly else os.O_RDWR
-    try:
-        fd = os.open(device.path, mode | os.O_CLOEXEC)
-    except OSError as error:
-        cure = "; use readonly=on" if error.errno in READ_ONLY_ERRORS and not device.readonly else ""
-        raise ConfigError(f"--disk: path={device.path}: {error.strerror}{cure}") from None
+    fd = _open_image(device)
+    if not os.lseek(fd, 0, os.SEEK_END):
+        os.close(fd)
+        raise ConfigError(f"--disk: path={device.path}: is empty; give it the size that the disk shall have")
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if device.readonly else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -234,16 +234,25 @@ def open_image(device: DiskDevice) -> int:
     return fd
 
 
+def _open_image(device: DiskDevice) -> int:
+    subject, kinds = f"--disk: path={device.path}", (stat.S_ISREG, stat.S_ISBLK)
+    mode = os.O_RDONLY if device.readonly else os.O_RDWR
+    try:
+        return open_file(subject, device.path, "name an image file or a block device", *kinds, flags=mode)
+    except ConfigError as error:
+        cause = error.__cause__
+        if isinstance(cause, OSError) and cause.errno in READ_ONLY_ERRORS and not device.readonly:
+            raise ConfigError(f"{subject}: {cause.strerror}; use readonly=on") from None
+        raise
+
+
 def image_format(device: DiskDevice, image: int) -> str:
     """`raw` or `qcow2`: what the user says, else by the image's first bytes.
 
     A guest can write a qcow2 header to a raw disk; one that refers to other files would make
     them readable at the next start, so those must be named by the user.
     """
-    try:
-        head = os.pread(image, 112, 0)
-    except OSError as error:
-        raise ConfigError(f"--disk: path={device.path}: {error.strerror}; name an image file") from None
+    head = os.pread(image, 112, 0)
     if device.image_type:
         return device.image_type
     if not head.startswith(QCOW2_MAGIC):
@@ -285,8 +294,6 @@ def storage_daemon_arguments(device: DiskDevice, path: str, form: str, fd: int) 
 
 
 def _is_block_device(path: str) -> bool:
-    import stat
-
     return stat.S_ISBLK(os.stat(path).st_mode)
 
 

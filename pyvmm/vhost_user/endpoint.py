@@ -13,13 +13,14 @@ from _socket import AF_UNIX, SO_DOMAIN, SO_TYPE, SOCK_STREAM, SOL_SOCKET, socket
 from time import monotonic, sleep
 
 from .. import log
+from ..ending import waiting
 from ..errors import ConfigError
+from ..files import SOCKET_PATH_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PATH_MAX = 107  # sun_path less its terminating zero
 PATIENCE = 1.0  # seconds of waiting for a backend before the user is told
 NOT_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # the backend may still be starting
 CONNECTED = "pass a connected Unix stream socket"
@@ -45,8 +46,8 @@ class PathEndpoint(Endpoint):
 
     def connect(self, timeout: float) -> socket:
         path = self.name
-        if len(os.fsencode(path)) > PATH_MAX:
-            raise ConfigError(f"socket {path}: the path is longer than {PATH_MAX} bytes; use a shorter one")
+        if len(os.fsencode(path)) > SOCKET_PATH_MAX:
+            raise ConfigError(f"socket {path}: is longer than {SOCKET_PATH_MAX} bytes; use a shorter path")
         start, pause = monotonic(), 0.002
         while True:
             sock = socket(AF_UNIX, SOCK_STREAM)
@@ -60,7 +61,8 @@ class PathEndpoint(Endpoint):
             except BaseException:
                 sock.close()
                 raise
-            sleep(pause)
+            with waiting():
+                sleep(pause)
             pause = min(pause * 1.5, 0.1)
 
     def _judge(self, error: OSError, waited: float, timeout: float) -> None:

@@ -135,9 +135,10 @@ class Frontend:
             self._negotiate(link)
         except ProtocolError as error:
             link.close()
+            known = self._endpoint.explain()
             raise ConfigError(
                 f"{self.name}: no vhost-user dialogue with {self._endpoint.name}: "
-                f"{error}{self._endpoint.explain()}; is a vhost-user backend there?"
+                f"{error}{known or '; is a vhost-user backend there?'}"
             ) from None
         except BaseException:
             link.close()
@@ -324,11 +325,15 @@ class Frontend:
         self._lost += self._endpoint.explain()
         self.on_lost(self._lost)
 
-    def close(self) -> None:
-        """End the connection and close every descriptor; a waiting thread is woken first."""
+    def interrupt(self) -> None:
+        """Wake a thread that waits for the backend; the backend is lost then."""
         for link in (self._link, self._retired):
             if link is not None:
-                link.shutdown()
+                link.shutdown("the machine ends")
+
+    def close(self) -> None:
+        """End the connection and close every descriptor; a waiting thread is woken first."""
+        self.interrupt()
         with self._lock:
             links = (self._link, self._retired)
             self._link = self._retired = None

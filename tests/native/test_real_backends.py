@@ -366,7 +366,7 @@ def test_what_the_backend_said_is_in_the_message(rig: Rig, image: Path) -> None:
 @pytest.mark.parametrize(
     ("device", "message"),
     [
-        (DiskDevice("/nowhere/disk"), "path=/nowhere/disk: No such file or directory$"),
+        (DiskDevice("/nowhere/disk"), "path=/nowhere/disk: No such file or directory; name an image"),
         (DiskDevice("/tmp"), "path=/tmp: Is a directory"),
     ],
 )

@@ -250,7 +250,7 @@ def test_damaged_payload(machine: Machine, compression: str, harm: str) -> None:
     ("make", "told"),
     [
         (lambda path: None, "No such file"),
-        (lambda path: path.mkdir(), "not a regular file"),
+        (lambda path: path.mkdir(), "is a directory"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(bytes(40 * MIB)), "do not fit.*--memory size="),
         (lambda path: path.write_bytes(bytes(RAM_SIZE - MIB)), "do not fit.*--memory size="),
@@ -265,7 +265,7 @@ def test_bad_initramfs(machine: Machine, make: object, told: str) -> None:
 
 def test_bad_kernel_paths(machine: Machine) -> None:
     for path, told in (
-        (str(machine.directory), "regular file"),
+        (str(machine.directory), "is a directory"),
         ("/nonexistent", "No such"),
         ("a\0b", "null"),
     ):

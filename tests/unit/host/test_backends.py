@@ -142,7 +142,6 @@ def qcow2(version: int = 3, backing: int = 0, incompatible: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("head", "image_type", "expected"),
     [
-        (b"", "", "raw"),
         (bytes(512), "", "raw"),
         (b"\x55\xaa", "", "raw"),
         (qcow2(), "", "qcow2"),
@@ -167,7 +166,7 @@ def test_image_format(tmp_path: Path, head: bytes, image_type: str, expected: st
 
 
 def test_an_image_is_locked(tmp_path: Path) -> None:
-    (tmp_path / "disk").write_bytes(b"")
+    (tmp_path / "disk").write_bytes(bytes(512))
     path = str(tmp_path / "disk")
     with no_new_fds():
         writer = backends.open_image(DiskDevice(path))

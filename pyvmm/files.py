@@ -1,0 +1,60 @@
+"""Files that users name: opened without ever waiting, and only where their kind makes sense.
+
+It owns the words for everything that can be wrong with a path.  A pipe that nobody writes
+to would stop the program for ever, and a directory can be opened and not read; neither
+gets through here.  What the file is for is the caller's.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from .errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Test = Callable[[int], bool]
+
+_KINDS: tuple[tuple[Test, str], ...] = (
+    (stat.S_ISREG, "regular file"),
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISBLK, "block device"),
+)
+SOCKET_PATH_MAX = 107  # sun_path less its terminating zero
+_REASONS = {errno.ENXIO: "nobody is at its other end"}
+
+
+def open_file(
+    subject: str, path: str, cure: str, *tests: Test, flags: int = os.O_RDONLY, mode: int = 0o644
+) -> int:
+    """A close-on-exec descriptor of `path`, whose kind passes one of `tests` (default: a regular file).
+
+    Raises ConfigError "`subject`: what is wrong; `cure`", whose cause is the OSError if there was one.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{subject}: {_reason(error)}; {cure}") from error
+    kind = os.fstat(fd).st_mode
+    if not any(test(kind) for test in tests or (stat.S_ISREG,)):
+        os.close(fd)
+        raise ConfigError(f"{subject}: is a {_name(kind)}; {cure}")
+    os.set_blocking(fd, True)
+    return fd
+
+
+def _reason(error: OSError | ValueError) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    return _REASONS.get(error.errno or 0) or error.strerror or str(error)
+
+
+def _name(kind: int) -> str:
+    return next((name for test, name in _KINDS if test(kind)), "file of an unknown kind")
