@@ -9,21 +9,25 @@ from __future__ import annotations
 import os
 import signal
 
+from .ending import Signals
 from .errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any, Protocol, Self
 
     class Remote(Protocol):
-        """What runs the command; both methods may be called in a signal handler."""
+        """What runs the command; both methods may be called in a signal handler.
+
+        It calls `on_command` when the command starts, and ends it at the second Ctrl-C.
+        """
+
+        on_command: Callable[[], None]
 
         def signal(self, number: int) -> None: ...
         def resize(self, rows: int, columns: int) -> None: ...
-
-
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def terminal_size() -> tuple[int, int] | None:
@@ -43,32 +47,34 @@ def shared_directory(option: str, path: str) -> str:
 
 
 class Foreground:
-    """`with Foreground(remote):` signals go to `remote`, and the terminal (if any) is raw."""
+    """`with Foreground(remote):` signals go to `remote`, and the terminal (if any) to its command.
+
+    Before the command starts, Ctrl-C is a signal like any other.  Leave the block after everything
+    is closed: what a second signal would do then is not for the interpreter to decide.
+    """
 
     def __init__(self, remote: Remote, terminal: bool) -> None:
         self._remote = remote
         self._wants_terminal = terminal
-        self._previous: dict[int, Any] = {}
+        self._signals = Signals(remote.signal)
+        self._previous: Any = None
 
     def __enter__(self) -> Self:
         from .streams import Terminal
 
-        for number in PASSED_ON:
-            self._previous[number] = signal.signal(number, self._signalled)
-        self._previous[signal.SIGWINCH] = signal.signal(signal.SIGWINCH, self._resized)
-        self._terminal = Terminal() if self._wants_terminal else None
+        self._signals.__enter__()
+        self._previous = signal.signal(signal.SIGWINCH, self._resized)
+        self._terminal = Terminal()
+        if self._wants_terminal:
+            self._remote.on_command = self._terminal.start
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._terminal is not None:
-            self._terminal.close()
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _signalled(self, number: int, frame: object) -> None:
-        self._remote.signal(number)
+        self._terminal.close()
+        signal.signal(signal.SIGWINCH, self._previous)
+        self._signals.__exit__()
 
     def _resized(self, number: int, frame: object) -> None:
         size = terminal_size()

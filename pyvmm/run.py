@@ -35,6 +35,8 @@ from .vm import CRASH, Outcome, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .guest.channel import Outcome as CommandOutcome
 
 ROOT_TAG = "root"
@@ -118,6 +120,7 @@ class CommandRun:
         self._started = False
         self._channel: CommandChannel | None = None
         self._vm: Vm | None = None
+        self.on_command: Callable[[], None] = lambda: None
 
     def run(self, stdin: int | None = 0, stdout: int | None = 1, stderr: int | None = 2) -> int:
         """Boot, run the command, return its exit status.  Raises PyvmmError."""
@@ -196,6 +199,7 @@ class CommandRun:
         if name == "command":
             self._started = True
             self._progress.clear()
+            self.on_command()
 
     def _command_ended(self, outcome: CommandOutcome) -> None:
         """The guest has written everything back by now and powers off by itself."""
@@ -238,11 +242,11 @@ class CommandRun:
 def run_command(config: RunConfig, stages: Stages | None = None) -> int:
     """Run `config` with this process's streams and signals; returns the command's exit status."""
     run = CommandRun(config, stages)
-    try:
-        with Foreground(run, config.tty is not None):
+    with Foreground(run, config.tty is not None):
+        try:
             return run.run()
-    finally:
-        run.close()
+        finally:
+            run.close()
 
 
 def run_or_show(config: RunConfig) -> int:

@@ -42,6 +42,10 @@ class SerialPort:
             loop.add_reader(self._stream.listener.fileno(), self._accept)
         self._watch()
 
+    def start(self) -> None:
+        """The guest runs from now on."""
+        self._stream.start()
+
     def close(self) -> None:
         """Say what the guest said last, stop reading and close the stream."""
         self.uart.flush()

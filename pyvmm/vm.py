@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from . import devices, layout, log
+from . import devices, ending, layout, log
 from .acpi.tables import build_tables
 from .boot import cpu, cpuid, load
 from .bus import Bus
@@ -26,7 +26,6 @@ from .virtio.pci import VirtioPciFunction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import TracebackType
     from typing import Any, Self
 
@@ -35,10 +34,13 @@ if TYPE_CHECKING:
     from ._native.vcpu import Vcpu
     from .config import MemoryConfig, VmConfig
     from .loop import EventLoop
+    from .vhost_user.frontend import Frontend
 
     Ended = tuple[int, dict[str, Any]]  # what Vcpu.run returns
 
 OFF, RESET, CRASH, STOPPED = "off", "reset", "crash", "stopped"
+FEW_QUEUES = 200  # for which the usual limit of 1024 open files is enough
+PATIENCE = 1.0  # seconds that a virtual CPU gets to finish what it does
 
 
 class Outcome(Record):
@@ -61,6 +63,8 @@ class Vm:
         self.outcome: Outcome | None = None
         self._crash: tuple[int, Ended] | None = None
         self._owned = ExitStack()
+        self._prepared: list[devices.Prepared] = []
+        self._frontends: list[Frontend] = []
         try:
             self._build()
         except BaseException:
@@ -70,13 +74,15 @@ class Vm:
     # -- life ------------------------------------------------------------------------------
     def run(self) -> Outcome:
         """Start the virtual CPUs and serve events until the machine ends."""
-        self.threads.start()
         try:
+            for device in self._prepared:
+                device.start()
+            if self.serial is not None:
+                self.serial.start()
+            self.threads.start()
             self.loop.run()
         finally:
-            stopped = self.threads.stop()
-        if not stopped:
-            log.warn("a virtual CPU did not stop in time; its thread is left behind")
+            self._stop_cpus()
         if self.serial is not None:
             self.serial.uart.flush()
         if self._crash is not None:
@@ -102,7 +108,9 @@ class Vm:
     # -- construction ----------------------------------------------------------------------
     def _build(self) -> None:
         config = self.config
-        prepared = [self._own(devices.prepare(device)) for device in config.devices]
+        devices.check_together(config.devices)
+        self._prepared = [self._own(devices.prepare(device)) for device in config.devices]
+        _allow_descriptors(sum(len(device.queue_sizes) for device in self._prepared))
         self.ranges = layout.ram_ranges(config.memory.size)
         self.ram = self._own(_allocate(config.memory))
         self.vm = self._create_vm()
@@ -111,7 +119,7 @@ class Vm:
         self.serial = self._add_serial()
         self._add_power()
         self.boot = self._load_payload()
-        self.pci = self._add_pci(prepared)
+        self.pci = self._add_pci()
         self._write_tables()
         self._vcpus = self._create_vcpus()
         self.threads = VcpuThreads(self._vcpus, Exits(self.mmio, self.pio), self._vcpu_ended)
@@ -151,20 +159,21 @@ class Vm:
         with memoryview(self.ram) as view:
             return load.load(self.config.payload, view, self.ranges, layout.ACPI_TABLES)
 
-    def _add_pci(self, prepared: Sequence[devices.Prepared]) -> PciHost:
+    def _add_pci(self) -> PciHost:
         host: PciHost = self._own(PciHost(self.mmio, self.router, layout.mmio64_base(self.ram.size)))
         self.pio.insert(layout.PORT_PCI_ADDRESS, 8, host.ports, "PCI configuration ports")
         ram = GuestRam(self.ram.fd, self.ranges)
-        for device in prepared:
+        for device in self._prepared:
             frontend = device.connect(ram, self.loop, self.config)
-            try:
+            self._frontends.append(frontend)
+            with ExitStack() as undo:
+                undo.callback(frontend.close)
                 function = VirtioPciFunction(
                     frontend, ram=self.ranges, router=self.router, doorbells=self.vm, loop=self.loop
                 )
-            except BaseException:
-                frontend.close()
-                raise
-            host.add(function)
+                undo.callback(function.close)
+                host.add(function)
+                undo.pop_all()
             frontend.start_watching()
         return host
 
@@ -194,6 +203,14 @@ class Vm:
         if self.outcome is None:
             self.outcome = outcome
         self.loop.stop()
+
+    def _stop_cpus(self) -> None:
+        if self.threads.stop(PATIENCE):
+            return
+        for frontend in self._frontends:  # a CPU may be waiting for one of their answers
+            frontend.interrupt()
+        if not self.threads.stop():
+            log.warn("a virtual CPU did not stop in time; its thread is left behind")
 
     def _vcpu_ended(self, index: int, ended: Ended | BaseException) -> None:
         """A virtual CPU left its loop without being asked; called in its thread."""
@@ -225,6 +242,16 @@ class Vm:
             )
 
 
+def _allow_descriptors(queues: int) -> None:
+    """As many open files as this process may have, if there are many queues: each needs two."""
+    if queues <= FEW_QUEUES:
+        return
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _native_kvm() -> Any:
     from ._native import kvm
 
@@ -236,7 +263,8 @@ def _allocate(memory: MemoryConfig) -> GuestRegion:
 
     if memory.prefault and not memory.hugepages:
         _check_available(memory.size)
-    return GuestRegion(memory.size, hugepages=memory.hugepages, prefault=memory.prefault)
+    with ending.waiting():
+        return GuestRegion(memory.size, hugepages=memory.hugepages, prefault=memory.prefault)
 
 
 def _check_available(size: int) -> None:

@@ -15,7 +15,7 @@ import select
 import signal
 from _socket import socketpair
 
-from .. import log
+from .. import ending, log
 from ..errors import EXIT_VMM
 
 TYPE_CHECKING = False
@@ -139,9 +139,10 @@ def _spawn(kind: type[Process], make: Callable[[], Device], keep: Iterable[int],
     ours, theirs = socketpair()
     try:
         parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            _child(make, {theirs.fileno(), *keep}, theirs, parent, name)
+        with ending.held():
+            pid = os.fork()
+            if pid == 0:
+                _child(make, {theirs.fileno(), *keep}, theirs, parent, name)
         return kind(name, pid, ours)
     except BaseException:
         ours.close()
@@ -182,6 +183,7 @@ def _leave_parent(keep: set[int]) -> None:
 def _stop_with(loop: DeviceLoop, parent: int) -> bool:
     """Stop the loop on SIGTERM and at the parent's death; false when it is dead already."""
     signal.signal(signal.SIGTERM, lambda *_: loop.stop())
+    ending.release()
     try:
         loop.add_reader(os.pidfd_open(parent), loop.stop)
     except ProcessLookupError:
@@ -193,7 +195,8 @@ def keep_only(fds: set[int]) -> None:
     """Close all other descriptors; standard input and output become /dev/null unless kept."""
     low = 0
     for fd in sorted(fds):
-        os.closerange(low, fd)
+        if low < fd:  # closerange(0, 0) would close everything
+            os.closerange(low, fd)
         low = fd + 1
     os.closerange(low, max(low, os.sysconf("SC_OPEN_MAX")))
     for fd, flags in ((0, os.O_RDONLY), (1, os.O_WRONLY)):

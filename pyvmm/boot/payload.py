@@ -18,6 +18,7 @@ from struct import unpack_from
 from time import time
 
 from .. import cache, log
+from ..ending import waiting
 from ..errors import ConfigError
 
 TYPE_CHECKING = False
@@ -80,7 +81,8 @@ def open_vmlinux(fd: int, image: BzImage, path: str, directory: str | None = Non
     log.info(f"unpacking {path}")
     target, temporary = _create(where)
     try:
-        _unpack_into(target, fd, image, path, size)
+        with waiting():
+            _unpack_into(target, fd, image, path, size)
         os.lseek(target, 0, os.SEEK_SET)
         if temporary:
             os.rename(temporary, entry)

@@ -6,11 +6,13 @@ theirs.
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 
 from .. import log
-from ..errors import PyvmmError
+from ..errors import EXIT_VMM, GuestError, PyvmmError
 from .parse import HelpRequested
 
 TYPE_CHECKING = False
@@ -23,6 +25,12 @@ COMMANDS = {
     "lab": "run a command in an emulated machine that has a real KVM",
     "doctor": "say what this host can do, and how to mend what it cannot",
     "kernel": "list, fetch or build guest kernels",
+}
+_CURES = {
+    errno.EMFILE: "; allow more open files (ulimit -n)",
+    errno.ENFILE: "; the host has too many files open",
+    errno.ENOMEM: "; the host is short of memory",
+    errno.EAGAIN: "; allow more processes (ulimit -u)",
 }
 USAGE = """usage: pyvmm COMMAND [options]        (pyvmm COMMAND --help says more)
        pyvmm [boot options]
@@ -45,17 +53,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv is None:
+            _settle()
         return _dispatch(words)
     except HelpRequested as text:
         return _print(str(text))
     except PyvmmError as error:
-        log.warn(str(error))
+        log.warn(str(error) if isinstance(error, GuestError) else str(error).replace("\n", "\\n"))
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
         return 141
+    except OSError as error:
+        log.warn(f"the host refused: {error}{_CURES.get(error.errno or 0, '')}")
+        if log.level >= log.DEBUG:
+            raise
+        return EXIT_VMM
+
+
+def _settle() -> None:
+    """Make this process a safe place: three standard streams, an orderly end at every signal.
+
+    A device that got the number of a closed standard stream would be sent our messages.
+    """
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _dispatch(words: list[str]) -> int:

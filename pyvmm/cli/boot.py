@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-
 from .. import config, log
+from ..ending import Signals
 from ..errors import ConfigError, GuestCrash
 from ..loop import EventLoop
 from ..vm import CRASH, STOPPED, Vm
@@ -111,13 +110,11 @@ def run(machine: config.VmConfig) -> int:
     with EventLoop() as loop:
         ended: list[int] = []
 
-        def end(number: int, _: object) -> None:
+        def end(number: int) -> None:
             ended.append(number)
             loop.stop()
 
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, end)
-        with Vm(machine, loop) as vm:
+        with Signals(end), Vm(machine, loop) as vm:
             outcome = vm.run()
     if outcome.kind == CRASH:
         raise GuestCrash(outcome.report)

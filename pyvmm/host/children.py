@@ -10,6 +10,8 @@ import os
 import select
 import signal
 
+from .. import ending
+from ..backend.process import keep_only
 from ..errors import ConfigError
 
 TYPE_CHECKING = False
@@ -86,9 +88,10 @@ def _start(argv: Sequence[str], keep: Sequence[int], output: int, prepare: Calla
         if prepare is not None:
             prepare()
 
-    pid = os.fork()
-    if pid == 0:
-        _become(argv, keep, output, writer, prepare_all)
+    with ending.held():
+        pid = os.fork()
+        if pid == 0:
+            _become(argv, keep, output, writer, prepare_all)
     os.close(writer)
     with open(reader, "rb") as pipe:
         failure = pipe.read()
@@ -106,8 +109,10 @@ def _become(
         os.setsid()
         prepare()
         _arrange_descriptors(keep, output)
+        keep_only({0, 1, 2, failure, *keep})
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
+        ending.release()
         os.execvp(argv[0], list(argv))
     except OSError as error:
         os.write(failure, (error.strerror or str(error)).encode())

@@ -16,6 +16,7 @@ import socket
 
 from .. import log
 from ..config import FsDevice
+from ..ending import waiting
 from ..errors import GuestError, GuestTimeout
 from ..foreground import Foreground, shared_directory, terminal_size
 from ..guest import initramfs, protocol
@@ -32,7 +33,7 @@ from .progress import Progress
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from ..guest.channel import Outcome
 
@@ -77,6 +78,7 @@ class Lab:
         self._started = False
         self._channel: CommandChannel | None = None
         self._qemu: Child | None = None
+        self.on_command: Callable[[], None] = lambda: None
 
     def run(self, stdin: int | None = 0, stdout: int | None = 1, stderr: int | None = 2) -> int:
         """Run the command; returns its exit status.  Raises ConfigError or GuestError."""
@@ -136,8 +138,9 @@ class Lab:
         )
 
     def _start_machine(self, channel: socket.socket) -> None:
-        kernel = emulator.kernel(self._progress.show)
-        archive = initramfs.for_kernel(kernel.modules, initramfs.LAB_MODULES)
+        with waiting():
+            kernel = emulator.kernel(self._progress.show)
+            archive = initramfs.for_kernel(kernel.modules, initramfs.LAB_MODULES)
         self._progress.show("starting the emulated machine")
         files = [("root", self._serve(FsDevice("", "/", cache="always", readonly=True)))]
         files += [(f"share{i}", self._serve(FsDevice("", path))) for i, path in enumerate(self.config.share)]
@@ -179,6 +182,7 @@ class Lab:
         if name == "command":
             self._started = True
             self._progress.clear()
+            self.on_command()
 
     def _ended(self, outcome: Outcome) -> None:
         """The guest has written back everything by now, so the machine need not power off."""
@@ -248,11 +252,11 @@ def run_in_lab(
         tty=terminal_size(),
     )
     lab = Lab(config)
-    try:
-        with Foreground(lab, config.tty is not None):
+    with Foreground(lab, config.tty is not None):
+        try:
             return lab.run()
-    finally:
-        lab.close()
+        finally:
+            lab.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

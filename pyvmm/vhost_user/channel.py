@@ -28,6 +28,7 @@ from _socket import socketpair as _socketpair
 from struct import pack, unpack_from
 from time import monotonic
 
+from ..ending import waiting
 from ..errors import BackendLost, LocalProtocolError, RemoteProtocolError
 from .messages import MAX_FDS
 
@@ -126,7 +127,9 @@ class Channel:
         poller = select.poll()
         poller.register(self._socket.fileno(), events)
         left = deadline - monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
+        with waiting():
+            ready = left > 0 and poller.poll(left * 1000)
+        if not ready:
             raise BackendLost(f"it {failure} in time")
 
 
