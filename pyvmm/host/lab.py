@@ -25,9 +25,10 @@ from ..loop import EventLoop
 from ..record import Record
 from . import emulator
 from .accel import LAB_MARK as MARK
-from .backends import BackendProcess, start_virtiofsd
+from .backends import start_virtiofsd
 from .children import Child
 from .console import ConsoleLog
+from .handover import BackendProcess
 from .progress import Progress
 
 TYPE_CHECKING = False

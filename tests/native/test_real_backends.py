@@ -20,6 +20,7 @@ from fakes.ring import Memory, Ring
 from pyvmm.config import DiskDevice, FsDevice
 from pyvmm.errors import ConfigError
 from pyvmm.host import backends
+from pyvmm.host.handover import BackendProcess, StartedEndpoint
 from pyvmm.loop import EventLoop
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.virtio import kinds
@@ -40,7 +41,7 @@ class Rig:
         self.lost: list[str] = []
 
     def connect(
-        self, process: backends.BackendProcess, kind: str, queues: int, config: bytes | None = None
+        self, process: BackendProcess, kind: str, queues: int, config: bytes | None = None
     ) -> tuple[Frontend, list[Ring]]:
         self.closers.append(process.close)
         found = kinds.by_name(kind)
@@ -186,7 +187,7 @@ def test_a_killed_backend_is_reported_with_its_end(rig: Rig, tmp_path: Path) -> 
     frontend, rings = start_fs(rig, tmp_path)
     frontend.activate(VERSION_1, [ring.setup for ring in rings])
     endpoint = frontend._endpoint
-    assert isinstance(endpoint, backends.StartedEndpoint)
+    assert isinstance(endpoint, StartedEndpoint)
     os.kill(endpoint._child.pid, signal.SIGKILL)
     rig.pump(lambda: rig.lost)
     assert rig.lost == ["the backend closed the connection (it ended with status 137)"]

@@ -12,7 +12,7 @@ from fakes.backend import no_new_fds
 
 from pyvmm.config import DiskDevice, FsDevice
 from pyvmm.errors import ConfigError
-from pyvmm.host import backends
+from pyvmm.host import backends, handover
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_an_image_is_locked(tmp_path: Path) -> None:
 def test_listener_is_connected_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     with no_new_fds():
-        listener, connection = backends.connected_listener()
+        listener, connection = handover.connected_listener()
         assert os.listdir(tmp_path) == []
         assert not os.get_inheritable(listener.fileno())
         fd, _ = listener._accept()  # type: ignore[attr-defined]
@@ -196,8 +196,8 @@ def test_listener_is_connected_and_leaves_no_file(tmp_path: Path, monkeypatch: p
 
 def test_unwritable_runtime_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nowhere")
-    for end in backends.connected_listener():
+    for end in handover.connected_listener():
         end.close()
     monkeypatch.setattr(os, "mkdir", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with pytest.raises(ConfigError, match="Read-only file system; set XDG_RUNTIME_DIR"):
-        backends.connected_listener()
+        handover.connected_listener()
