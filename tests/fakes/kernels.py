@@ -59,7 +59,9 @@ def elf(
         sections, shoff, count = _sections(symbols, 0x1000 + len(body))
     ident = b"\x7fELF" + bytes([2 if bits == 64 else 1, 1, 1]) + bytes(9)
     shape = "<HHIQQQIHHHHHH" if bits == 64 else "<HHIIIIIHHHHHH"
-    header = ident + pack(shape, kind, machine, 1, entry, ehsize, shoff, 0, ehsize, phsize, len(rows), 64, count, 0)
+    header = ident + pack(
+        shape, kind, machine, 1, entry, ehsize, shoff, 0, ehsize, phsize, len(rows), 64, count, 0
+    )
     return (header + table).ljust(0x1000, b"\0") + bytes(body) + sections
 
 

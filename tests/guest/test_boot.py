@@ -99,7 +99,12 @@ def test_a_read_only_disk_cannot_be_written(machine: Machine, own: Kernel, scrat
     image = disk_image(scratch, body)
     before = image.read_bytes()
     done = machine.pyvmm(
-        "--kernel", own.path, "--disk", f"path={image},readonly=on", "--cmdline", "console=hvc0 root=/dev/vda1 quiet"
+        "--kernel",
+        own.path,
+        "--disk",
+        f"path={image},readonly=on",
+        "--cmdline",
+        "console=hvc0 root=/dev/vda1 quiet",
     ).ok()
     assert "refused" in done.stdout.decode(), repr(done)
     assert image.read_bytes() == before
@@ -165,13 +170,20 @@ def test_a_triple_fault_is_reported(machine: Machine, own: Kernel, scratch: Path
     """reboot=t makes Linux end by a triple fault."""
     image = disk_image(scratch, "reboot -f")
     done = machine.pyvmm(
-        "--kernel", own.path, "--disk", f"path={image}", "--cmdline", "console=hvc0 root=/dev/vda1 ro quiet reboot=t"
+        "--kernel",
+        own.path,
+        "--disk",
+        f"path={image}",
+        "--cmdline",
+        "console=hvc0 root=/dev/vda1 ro quiet reboot=t",
     )
     assert done.status == 126, repr(done)
     assert b"triple fault" in done.stderr, repr(done)
 
 
-def test_a_lost_backend_costs_its_device_and_nothing_else(machine: Machine, own: Kernel, scratch: Path) -> None:
+def test_a_lost_backend_costs_its_device_and_nothing_else(
+    machine: Machine, own: Kernel, scratch: Path
+) -> None:
     """The file server is killed under a running guest: its device fails, the disk goes on."""
     (scratch / "shared").mkdir()
     body = (

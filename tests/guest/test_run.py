@@ -81,7 +81,9 @@ def test_cpus_and_memory(machine: Machine, cpus: int, memory: str, megabytes: in
 
 def test_5_gib_are_used_above_the_hole(machine: Machine) -> None:
     """Every page of a big file in the guest's memory is written and read back."""
-    script = "dd if=/dev/urandom of=/dev/shm/a bs=1M count=64 2>/dev/null; cat /proc/iomem | grep 'System RAM'"
+    script = (
+        "dd if=/dev/urandom of=/dev/shm/a bs=1M count=64 2>/dev/null; cat /proc/iomem | grep 'System RAM'"
+    )
     done = machine.pyvmm("run", "--memory", "5G", "--", "sh", "-c", script).ok()
     assert b"100000000-1bfffffff : System RAM" in done.stdout, repr(done)
 
@@ -109,7 +111,9 @@ def test_sigterm_leaves_nothing_behind(machine: Machine) -> None:
     done = machine.pyvmm("run", "--", "sleep", "1000", signal_after=(45, signal.SIGTERM))
     assert done.status == 128 + signal.SIGTERM, repr(done)
     left = machine.run("sh", "-c", "pgrep -a 'virtiofsd|pyvmm' | grep -v agent; ls /tmp | grep -i sock; true")
-    assert b"tag" not in left.stdout and b"virtiofsd" not in left.stdout.replace(b"cache=always", b""), repr(left)
+    assert b"tag" not in left.stdout and b"virtiofsd" not in left.stdout.replace(b"cache=always", b""), repr(
+        left
+    )
 
 
 def test_a_signalled_command_counts_as_in_a_shell(machine: Machine) -> None:
