@@ -54,15 +54,18 @@ def test_cloud_hypervisors_command_line(machine: Machine, own: Kernel, scratch: 
     shared = scratch / "shared"
     shared.mkdir()
     (shared / "hello").write_text("from virtiofsd\n")
-    body = "mount -t virtiofs myfs /mnt && cat /mnt/hello; echo back >/mnt/answer; mount | grep ' / '; umount /mnt"
+    body = "mount -t virtiofs myfs /mnt && cat /mnt/hello; echo back >/mnt/answer; "
+    body += "mount | grep ' / '; umount /mnt"
     image = disk_image(scratch, body)
     script = f"""
         cd $(mktemp -d); sock="$PWD/a\\"b,c.sock"
         {VIRTIOFSD} --socket-path="$sock" -o source={shared} -o sandbox=chroot &
         while ! [ -S "$sock" ]; do sleep 0.1; done
-        {machine.pyvmm_words} --cpus boot=1 --memory size=1G,shared=on --disk path={image} --kernel {own.path} \\
+        {machine.pyvmm_words} --cpus boot=1 --memory size=1G,shared=on \\
+            --disk path={image} --kernel {own.path} \\
             --cmdline "console=hvc0 root=/dev/vda1 rw" \\
-            --generic-vhost-user "socket=\\"${{sock//\\"/\\"\\"}}\\",virtio_id=26,queue_sizes=[512,512],config={CONFIG}"
+            --generic-vhost-user \\
+                "socket=\\"${{sock//\\"/\\"\\"}}\\",virtio_id=26,queue_sizes=[512,512],config={CONFIG}"
     """
     done = machine.run("bash", "-c", script, timeout=200).ok()
     console = done.stdout.decode()
@@ -79,7 +82,8 @@ CONFIG = (b"myfs".ljust(36, b"\0") + b"\1\0\0\0").hex()
 def test_disks_keep_what_is_written(machine: Machine, own: Kernel, scratch: Path, image_type: str) -> None:
     body = (
         "cat /sys/block/vd?/size; dd if=/dev/urandom of=/data bs=1M count=8 2>/dev/null; md5sum </data;"
-        "dd if=/data of=/dev/vdb bs=1M conv=fsync 2>/dev/null; dd if=/dev/vdb bs=1M count=8 2>/dev/null | md5sum"
+        "dd if=/data of=/dev/vdb bs=1M conv=fsync 2>/dev/null; "
+        "dd if=/dev/vdb bs=1M count=8 2>/dev/null | md5sum"
     )
     root = disk_image(scratch, body)
     second = scratch / "second"
@@ -128,7 +132,8 @@ def test_kernel_formats_and_entries(
 
 def test_interrupts_without_msi_work(machine: Machine, own: Kernel, scratch: Path) -> None:
     """With pci=nomsi every device shares a level-triggered line, which must rise and fall right."""
-    body = "dd if=/dev/vda of=/dev/null bs=64k count=64 2>/dev/null && grep virtio /proc/interrupts; echo finished"
+    body = "dd if=/dev/vda of=/dev/null bs=64k count=64 2>/dev/null && grep virtio /proc/interrupts; "
+    body += "echo finished"
     image = disk_image(scratch, body)
     done = machine.pyvmm(
         "--kernel", own.path, "--disk", f"path={image}",
@@ -196,7 +201,8 @@ def test_a_lost_backend_costs_its_device_and_nothing_else(
         {VIRTIOFSD} --socket-path=fs.sock -o source={scratch}/shared -o sandbox=chroot & pid=$!
         while ! [ -S fs.sock ]; do sleep 0.1; done
         (while ! [ -e {scratch}/shared/ready ]; do sleep 0.1; done; pkill -9 -P $pid; kill -9 $pid) &
-        {machine.pyvmm_words} --kernel {own.path} --disk path={image} --cmdline "console=hvc0 root=/dev/vda1 ro quiet" \\
+        {machine.pyvmm_words} --kernel {own.path} --disk path={image} \\
+            --cmdline "console=hvc0 root=/dev/vda1 ro quiet" \\
             --generic-vhost-user "socket=fs.sock,device_type=fs,queue_sizes=[512,512],config={CONFIG}"
     """
     done = machine.run("bash", "-c", script, timeout=200).ok()

@@ -64,7 +64,8 @@ def test_names_sizes_modes_and_links_on_a_share(machine: Machine, scratch: Path)
     (scratch / "odd").chmod(0o640)
     (scratch / "link").symlink_to("odd")
     (scratch / "name with \u00e4 space").write_text("here")
-    script = f"cd {scratch} && stat -c '%n %s %a' empty odd && readlink link && cat name* && mkdir new && ls -a | wc -l"
+    script = f"cd {scratch} && stat -c '%n %s %a' empty odd && readlink link && cat name* "
+    script += "&& mkdir new && ls -a | wc -l"
     done = machine.pyvmm("run", "--share", scratch, "--", "sh", "-c", script).ok()
     assert done.stdout == b"empty 0 644\nodd 4097 640\nodd\nhere7\n"
     assert (scratch / "new").is_dir()
