@@ -9,8 +9,7 @@ else the handlers do.
 
 from __future__ import annotations
 
-import signal
-import threading
+from .lean import in_main_thread, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,14 +63,14 @@ class waiting:
     """
 
     def __enter__(self) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             _Note.open = True
             if _Note.number:
                 _Note.open = False
                 raise SystemExit(128 + _Note.number)
 
     def __exit__(self, *_: object) -> None:
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             _Note.open = False
 
 

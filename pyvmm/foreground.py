@@ -7,10 +7,10 @@ guest and the lab both take `signal` and `resize`.
 from __future__ import annotations
 
 import os
-import signal
 
 from .ending import Signals
 from .errors import ConfigError
+from .lean import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

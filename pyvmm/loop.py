@@ -10,9 +10,10 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections import deque
-from heapq import heappop, heappush
+from _heapq import heappop, heappush
 from time import monotonic
+
+from .lean import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

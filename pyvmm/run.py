@@ -8,8 +8,7 @@ without a word.  How machines are built it leaves to `vm`.
 from __future__ import annotations
 
 import os
-import signal
-import socket
+from _socket import socketpair
 
 from . import log
 from .config import (
@@ -29,6 +28,7 @@ from .guest.channel import CommandChannel
 from .host.console import ConsoleLog
 from .host.progress import Progress
 from .layout import MIB
+from .lean import signal
 from .loop import EventLoop
 from .record import Record
 from .vm import CRASH, Outcome, Vm
@@ -125,13 +125,15 @@ class CommandRun:
     def run(self, stdin: int | None = 0, stdout: int | None = 1, stderr: int | None = 2) -> int:
         """Boot, run the command, return its exit status.  Raises PyvmmError."""
         self._progress.show("starting the virtual machine")
-        ours, theirs = socket.socketpair()
-        with theirs:
+        ours, theirs = socketpair()
+        try:
             self._channel = CommandChannel(
                 self._loop, ours, self._spec(), self._command_ended,
                 stdin=stdin, stdout=stdout, stderr=stderr, on_stage=self._stage, on_warning=log.warn,
             )  # fmt: skip
             self._vm = Vm(self._machine(theirs.fileno()), self._loop)
+        finally:
+            theirs.close()
         self.stages.mark("machine built")
         if self.config.timeout:
             self._loop.call_later(self.config.timeout, self._timed_out)

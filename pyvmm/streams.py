@@ -7,7 +7,6 @@ happens.  It does not know which device uses the stream.
 from __future__ import annotations
 
 import os
-import socket
 import stat
 
 from . import log
@@ -75,6 +74,8 @@ class ListeningStream(Stream):
 
     def __init__(self, option: str, path: str) -> None:
         super().__init__()
+        import socket
+
         if len(os.fsencode(path)) > SOCKET_PATH_MAX:
             raise ConfigError(f"{option}: {path}: is longer than {SOCKET_PATH_MAX} bytes; use a shorter path")
         self._path = path
@@ -152,6 +153,8 @@ def _unlink_stale(path: str) -> None:
     Whether somebody listens shows in how connecting a datagram socket fails, which the
     listener does not notice.
     """
+    import socket
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(path)

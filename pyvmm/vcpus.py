@@ -8,8 +8,7 @@ decides.
 
 from __future__ import annotations
 
-import signal
-import threading
+from .lean import Thread, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,16 +51,14 @@ class VcpuThreads:
         self._exits = exits
         self._on_exit = on_exit
         self._stopping = False
-        self._threads: list[threading.Thread] = []
+        self._threads: list[Thread] = []
 
     def start(self) -> None:
         """Start every CPU; those that the guest has not woken wait inside KVM."""
         old = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_THREAD_SIGNALS)
         try:
             for vcpu in self._vcpus:
-                thread = threading.Thread(target=self._main, args=(vcpu,), name=f"vcpu{vcpu.id}", daemon=True)
-                thread.start()
-                self._threads.append(thread)
+                self._threads.append(Thread(self._main, vcpu))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 
@@ -73,9 +70,7 @@ class VcpuThreads:
         self._stopping = True
         for vcpu in self._vcpus:
             vcpu.kick()
-        for thread in self._threads:
-            thread.join(timeout)
-        return not any(thread.is_alive() for thread in self._threads)
+        return all([thread.join(timeout) for thread in self._threads])
 
     def _main(self, vcpu: Vcpu) -> None:
         result: tuple[int, dict[str, Any]] | BaseException

@@ -8,14 +8,13 @@ its backend's business, what an access means is the bus devices'; this module on
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-
 from . import devices, ending, layout, log
 from .acpi.tables import build_tables
 from .boot import cpu, cpuid, load
 from .bus import Bus
 from .errors import ConfigError
 from .irq import InterruptRouter
+from .lean import ExitStack
 from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
 from .pci.host import PciHost
 from .record import Record

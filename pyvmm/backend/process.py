@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 from _socket import socketpair
 
 from .. import ending, log
 from ..errors import EXIT_VMM
+from ..lean import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class DeviceProcess:
             self.socket = None
         for sign, seconds in ((0, STOP_SECONDS), (signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 60.0)):
             if sign and self.status is None:
-                log.debug(f"{self.name} backend does not end; sending {signal.Signals(sign).name}")
+                log.debug(f"{self.name} backend does not end; sending signal {sign}")
                 os.kill(self.pid, sign)
             if self.wait(seconds) is not None:
                 break

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import sys
 
 from .. import log
 from ..errors import EXIT_VMM, GuestError, PyvmmError
+from ..lean import signal
 from .parse import HelpRequested
 
 TYPE_CHECKING = False

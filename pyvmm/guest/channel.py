@@ -13,9 +13,9 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections import deque
 
 from ..errors import RemoteProtocolError
+from ..lean import deque
 from ..record import Record
 from . import protocol as p
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 
 from .. import ending
 from ..backend.process import keep_only
 from ..errors import ConfigError
+from ..lean import signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

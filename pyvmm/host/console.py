@@ -6,12 +6,14 @@ It owns one end of a socket pair and the last of what came out of it.
 from __future__ import annotations
 
 import os
-import socket
+from _socket import socketpair
 
 from ..errors import GuestCrash, GuestError, GuestPanic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
+
     from ..loop import EventLoop
 
 _KEPT = 64 * 1024
@@ -28,11 +30,11 @@ class ConsoleLog:
 
     def __init__(self, loop: EventLoop, verbose: bool = False) -> None:
         self._loop, self._verbose = loop, verbose
-        self._ours, self._theirs = socket.socketpair()
+        self._ours, self._theirs = socketpair()
         self.text = b""
         loop.add_reader(self._ours.fileno(), self._ready)
 
-    def take_socket(self) -> socket.socket:
+    def take_socket(self) -> socket:
         """The machine's end; the caller closes it."""
         return self._theirs
 

@@ -11,8 +11,7 @@ or the driver shows that it has no more for now: a line goes out as one write, n
 
 from __future__ import annotations
 
-from collections import deque
-from threading import Lock
+from ..lean import Lock, deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

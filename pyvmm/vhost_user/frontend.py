@@ -8,10 +8,9 @@ order of messages is the one that QEMU, rust-vmm, libvhost-user, DPDK and SPDK a
 
 from __future__ import annotations
 
-from threading import Lock
-
 from .. import log
 from ..errors import BackendLost, ConfigError, ProtocolError, RemoteProtocolError
+from ..lean import Lock
 from .client import Refusal
 from .config_space import BackendConfig, LocalConfig
 from .endpoint import endpoint

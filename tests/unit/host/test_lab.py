@@ -73,8 +73,9 @@ PANIC = b"[    1.5] Kernel panic - not syncing: VFS: no root\r\n[    1.6] CPU: 0
 def test_why_a_machine_ended(text: bytes, kind: type[GuestError], words: str) -> None:
     with EventLoop() as loop:
         console = ConsoleLog(loop)
-        with console.take_socket() as machine:
-            machine.sendall(text)
+        machine = console.take_socket()
+        machine.sendall(text)
+        machine.close()
         console.drain()
         error = console.explain("bad fd")
         console.close()
