@@ -7,9 +7,13 @@ good kernel `vmlinux` (it powers off at once), and what the row's `make` adds to
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 import socket
 import struct
+import subprocess
+import sys
+import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
 
@@ -362,6 +366,72 @@ def test_options(tmp_path, row):
     _, line, message, *make = row
     words = ("boot --kernel vmlinux --console off" + line[2:] if line.startswith("-k") else line).split(" ")
     refuses(tmp_path, make[0] if make else None, [word for word in words if word], message)
+
+
+# -- other users, other hosts --------------------------------------------------------------
+
+NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--")
+KVM = "mknod -m 666 /dev/kvm c 10 232"
+DEVICES = "mount -t tmpfs none /dev && mknod -m 666 /dev/null c 1 3 && mknod -m 666 /dev/urandom c 1 9"
+
+
+def inside(script):
+    """Words that run what follows them in a mount namespace of its own, after `script`."""
+    return ("unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "-")
+
+
+def usable(under):
+    found = subprocess.run(
+        [*under, sys.executable, "-P", "-c", "import pyvmm.cli"],
+        env=program.environment(), capture_output=True, check=False,
+    )  # fmt: skip
+    return not found.returncode
+
+
+@pytest.fixture
+def open_folder():
+    """A directory that any user may use; pytest's own are private."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        os.chmod(name, 0o777)
+        yield pathlib.Path(name)
+
+
+def private(name, *makers):
+    def make(folder):
+        made = all_of(*makers)(folder)
+        (folder / name).chmod(0)
+        return made
+
+    return make
+
+
+ELSEWHERE = [
+    ("kvm", NOBODY, "-k ", r"/dev/kvm: permission denied; add your user to the group kvm"),
+    ("kernel", (*inside(f"{DEVICES} && {KVM}"), *NOBODY), "--kernel k --console off",
+     r"kernel k: Permission denied; a readable file is needed",
+     private("k", file("k", program.pvh_elf()))),
+    ("socket", NOBODY, f"-k {GENERIC} socket=s,device_type=rng", r"/dev/kvm: permission denied"),
+    ("disk", NOBODY, "-k --disk path=d", r"path=d: Permission denied; use readonly=on",
+     private("d", sparse("d", 1 << 20))),
+    ("rng", NOBODY, "-k --rng src=r", r"src=r: Permission denied; name a readable",
+     private("r", file("r", b"x"))),
+    ("serial", NOBODY, "-k --serial file=r", r"/dev/kvm: permission denied", private("r", file("r", b"x"))),
+    ("no-kvm", inside(DEVICES), "-k ", r"/dev/kvm: there is no such device; load kvm_intel or kvm_amd"),
+    ("not-kvm", inside("mount --bind /dev/null /dev/kvm"), "-k ", r"/dev/kvm: it is not KVM's device"),
+    ("read-only", inside("mount --bind . . && mount -o remount,ro,bind . && cd ."), "-k --disk path=d",
+     r"path=d: Read-only file system; use readonly=on", sparse("d", 1 << 20)),
+    ("hugepages", (), "-k --memory size=500G,hugepages=on", r"hugepages: .*/proc/sys/vm/nr_hugepages"),
+    ("hugepage", (), "-k --memory size=17M,hugepages=on", r"not a multiple of the page size 0x200000"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row[0]) for row in ELSEWHERE])
+def test_other_users_and_hosts(open_folder, row):
+    _, under, line, message, *make = row
+    if under and not usable(under):
+        pytest.skip(f"{under[0]} cannot be used here")
+    words = line.replace("-k ", "boot --kernel vmlinux --console off ").split()
+    refuses(open_folder, make[0] if make else None, words, message, under=under)
 
 
 def refuses(folder, make, argv, message, **options):
