@@ -1,0 +1,148 @@
+"""From device options to prepared devices: kinds, configuration bytes, checks before anything starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from fakes.backend import no_new_fds
+
+from pyvmm import devices
+from pyvmm.config import DiskDevice, FsDevice, GenericDevice, RngDevice
+from pyvmm.errors import ConfigError
+from pyvmm.record import Record
+from pyvmm.virtio import kinds
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("fs", 26), ("FS", 26), ("26", 26), ("026", 26), ("filesystem", 26), ("63", 63), ("1", 1)],
+)
+def test_find_kind(text: str, number: int) -> None:
+    assert devices.find_kind("--x", text).device_id == number
+
+
+def test_a_kind_that_nobody_described_has_a_configuration() -> None:
+    """Else the frontend would not negotiate CONFIG, and the driver would read zeros."""
+    assert devices.find_kind("--x", "60") == kinds.of(60)
+    assert devices.find_kind("--x", "60").config_size == 256
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blcok", "--x: unknown device type 'blcok'; did you mean 'block'"),
+        ("?", "--x: unknown device type '\\?'$"),
+        ("0", "--x: device type 0: 1 to 63 are possible"),
+        ("64", "--x: device type 64: 1 to 63"),
+        ("9" * 5000, "--x: device type 9+: 1 to 63"),
+        ("\N{SUPERSCRIPT TWO}", "unknown device type"),
+        ("", "unknown device type ''"),
+    ],
+)
+def test_no_such_kind(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        devices.find_kind("--x", text)
+
+
+FS = kinds.of(26)
+VSOCK = kinds.of(19)
+NET = kinds.of(1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "data"),
+    [
+        (FS, "", None),
+        (FS, "0011ff", b"\0\x11\xff"),
+        (FS, "00 11 FF", b"\0\x11\xff"),
+        (FS, "[tag=root]", b"root"),
+        (FS, "[tag=root,num_request_queues=3]", b"root".ljust(36, b"\0") + b"\3"),
+        (FS, '[tag="a,b"]', b"a,b"),
+        (VSOCK, "[guest_cid=0x123]", b"\x23\x01"),
+        (NET, "[mac=02:00:00:00:00:01, mtu=1500]", b"\2\0\0\0\0\1" + bytes(4) + b"\xdc\x05"),
+    ],
+)
+def test_config_bytes(kind: kinds.Kind, text: str, data: bytes | None) -> None:
+    if data is not None and text.startswith("["):
+        data = data.ljust(kind.config_size, b"\0")
+    assert devices.config_bytes("--x", text, kind) == data
+
+
+def test_config_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "config").write_bytes(b"abc")
+    with no_new_fds():
+        assert devices.config_bytes("--x", f"@{tmp_path}/config", FS) == b"abc"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0", "non-hexadecimal"),
+        ("xyz", "non-hexadecimal"),
+        ("@/nowhere", "No such file"),
+        ("@", "No such file"),
+        ("[tag=x", "']' is missing"),
+        ("[tag=x]]", "']' without '\\['"),
+        ("[]", "fs has no field ''"),
+        ("[tga=x]", "fs has no field 'tga'; did you mean 'tag'"),
+        (f"[tag={'x' * 37}]", "longer than 36 bytes"),
+        ("[num_request_queues=-1]", "no number of 4 bytes"),
+        ("[num_request_queues=4294967296]", "no number of 4 bytes"),
+        ("[num_request_queues]", "no number of 4 bytes"),
+        ("00" * 4097, "longer than 4096 bytes"),
+    ],
+)
+def test_config_errors(text: str, message: str) -> None:
+    with no_new_fds(), pytest.raises(ConfigError, match=message) as caught:
+        devices.config_bytes("--x", text, FS)
+    assert str(caught.value).startswith("--x: config=")
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        (GenericDevice("iommu", "s"), "iommu is impossible: "),
+        (GenericDevice("fs", "s", (64,)), "fs needs at least 2 queues, 1 given; .*--force"),
+        (GenericDevice("console", "s", (64,) * 3), "even number of queues"),
+        (RngDevice("/nowhere"), "--rng: src=/nowhere: No such file.*; name a readable file or device"),
+        (RngDevice("/"), "--rng: src=/: is a directory"),
+        (FsDevice("t", "/nowhere"), "--fs: dir=/nowhere: no such directory"),
+    ],
+)
+def test_what_is_refused_before_anything_starts(device: Record, message: str) -> None:
+    with no_new_fds(), pytest.raises(ConfigError, match=message):
+        devices.prepare(device)
+
+
+def test_usual_queues_and_force() -> None:
+    assert devices.prepare(GenericDevice("net", "s")).queue_sizes == (256,) * 3
+    assert devices.prepare(GenericDevice("fs", "s", (64,), force=True)).queue_sizes == (64,)
+    assert devices.prepare(FsDevice("t", socket="s", num_queues=2)).queue_sizes == (1024,) * 3
+    assert devices.prepare(GenericDevice("fs", "s", id="mine")).name == "mine"
+
+
+def test_a_tag_of_any_bytes() -> None:
+    devices.prepare(FsDevice(os.fsdecode(b"\xff\xfe"), socket="s"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "claim"),
+    [
+        (GenericDevice("fs", "s"), FsDevice("t", socket="s"), "socket s"),
+        (GenericDevice("fs", fd=5), GenericDevice("rng", fd=5), "fd 5"),
+        (FsDevice("t", "/"), FsDevice("t", "/tmp"), "--fs: tag=t"),
+        (DiskDevice("d"), DiskDevice("d"), "--disk: path=d"),
+        (RngDevice(id="a"), DiskDevice("d", id="a"), "id=a"),
+    ],
+)
+def test_two_devices_cannot_share(first: Record, second: Record, claim: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{claim}: two devices cannot share it"):
+        devices.check_together((first, second))
+    devices.check_together((first,))
+
+
+def test_what_two_devices_can_share() -> None:
+    devices.check_together((RngDevice(), RngDevice(), FsDevice("a", "/"), FsDevice("b", "/")))
+    devices.check_together((DiskDevice("d", readonly=True), DiskDevice("d", readonly=True)))

@@ -1,0 +1,133 @@
+"""The serial port between guest and host: bytes both ways, listeners, peers that come and go."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+from fakes.backend import no_new_fds
+
+from pyvmm.config import StreamConfig
+from pyvmm.loop import EventLoop
+from pyvmm.serial import SerialPort
+
+DATA, STATUS, READY = 0, 5, 1  # registers of the 16550, and the bit that says a byte has come
+
+
+@pytest.fixture
+def loop() -> Iterator[EventLoop]:
+    with EventLoop() as loop:
+        thread = threading.Thread(target=loop.run)
+        thread.start()
+        yield loop
+        loop.stop()
+        thread.join()
+
+
+def port(loop: EventLoop, config: StreamConfig) -> SerialPort:
+    """A port; made and closed in the loop's thread, as readers demand."""
+    made: list[SerialPort] = []
+    loop.call_soon_threadsafe(lambda: made.append(SerialPort("--serial", config, lambda level: None, loop)))
+    eventually(lambda: bool(made))
+    return made[0]
+
+
+def close(loop: EventLoop, serial: SerialPort) -> None:
+    done = threading.Event()
+    loop.call_soon_threadsafe(serial.close)
+    loop.call_soon_threadsafe(done.set)
+    assert done.wait(5)
+
+
+def eventually(test: Callable[[], bool]) -> None:
+    due = monotonic() + 5
+    while not test():
+        assert monotonic() < due
+        sleep(0.002)
+
+
+def say(serial: SerialPort, text: bytes) -> None:
+    for byte in text:
+        serial.uart.write(DATA, 1, byte)
+    serial.uart.flush()
+
+
+def hear(serial: SerialPort, count: int) -> bytes:
+    found = bytearray()
+    while len(found) < count:
+        eventually(lambda: bool(serial.uart.read(STATUS, 1) & READY))
+        found.append(serial.uart.read(DATA, 1))
+    return bytes(found)
+
+
+def test_a_connected_socket_and_listeners(loop: EventLoop) -> None:
+    ours, theirs = socket.socketpair()
+    heard: list[bytes] = []
+    with ours, theirs:
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        serial.listeners.append(heard.append)
+        say(serial, b"hello\n")
+        assert ours.recv(99) == b"hello\n" == b"".join(heard)
+        ours.send(b"hi")
+        assert hear(serial, 2) == b"hi"
+        close(loop, serial)
+
+
+def test_the_end_of_the_input_is_not_the_end_of_the_output(loop: EventLoop) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        ours.shutdown(socket.SHUT_WR)
+        sleep(0.05)
+        say(serial, b"x")
+        assert ours.recv(9) == b"x"
+        close(loop, serial)
+
+
+def test_a_reader_that_went_away_is_no_error(loop: EventLoop) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        ours.close()
+        say(serial, b"lost\n")
+        close(loop, serial)
+
+
+def test_a_full_reader_loses_bytes_but_stops_nobody(loop: EventLoop) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        for _ in range(200):
+            say(serial, b"x" * 4096)
+        close(loop, serial)
+
+
+def test_a_full_disk_is_no_error(loop: EventLoop) -> None:
+    serial = port(loop, StreamConfig("file", "/dev/full"))
+    say(serial, b"x")
+    close(loop, serial)
+
+
+def test_a_listening_socket_and_its_peers(
+    loop: EventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with no_new_fds():
+        serial = port(loop, StreamConfig("socket", "s"))
+        say(serial, b"nobody hears\n")
+        for word in (b"one", b"two"):
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.settimeout(5)
+                peer.connect("s")
+                peer.send(word)
+                assert hear(serial, 3) == word
+                say(serial, word)
+                assert peer.recv(9) == word
+        close(loop, serial)
+    assert os.listdir(tmp_path) == []
