@@ -21,7 +21,7 @@ BOOT_PATH = (
     *("pyvmm.cli.run", "pyvmm.cli.boot", "pyvmm.run", "pyvmm.vm", "pyvmm.host.accel", "pyvmm.host.children"),
     *("pyvmm.backend.console", "pyvmm.backend.server", "pyvmm.backend.rng"),
 )
-NATIVE_USERS = ("pyvmm.vm", "pyvmm.vcpus", "pyvmm.host.", "pyvmm.backend.", "pyvmm._native")
+NATIVE_USERS = ("pyvmm.vm", "pyvmm.board", "pyvmm.vcpus", "pyvmm.host.", "pyvmm.backend.", "pyvmm._native")
 NATIVE_AT_LOAD = ("pyvmm.backend.", "pyvmm._native")
 OURS = [name for name in modules() if name != "pyvmm" and not name.startswith("pyvmm._native")]
 
@@ -99,7 +99,7 @@ def test_the_interpreter_agrees() -> None:
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
     )
     assert "pyvmm.vm" in done.stdout.split()
     assert not SLOW & set(done.stdout.split())

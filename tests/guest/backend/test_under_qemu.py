@@ -72,7 +72,7 @@ def test_entropy_device(tmp_path, kernel, initramfs):
     source.write_bytes(b"\xde\xad\xbe\xef" * (1 << 20))
     path = str(tmp_path / "rng.sock")
     options = ["--socket-path", path, "--source", str(source)]
-    with subprocess.Popen([sys.executable, "-m", "pyvmm.backend.rng", *options]) as backend:
+    with subprocess.Popen([sys.executable, "-P", "-m", "pyvmm.backend.rng", *options]) as backend:
         while not os.path.exists(path):
             assert backend.poll() is None
             time.sleep(0.05)

@@ -172,7 +172,7 @@ def test_device_that_cannot_be_made_ends_its_process(capfd):
 
 
 def program(kind, *arguments, **options):
-    command = [sys.executable, "-m", f"pyvmm.backend.{kind}", *arguments]
+    command = [sys.executable, "-P", "-m", f"pyvmm.backend.{kind}", *arguments]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
