@@ -19,9 +19,8 @@ from .files import open_file
 from .host import backends
 from .streams import ListeningStream, open_stream
 from .vhost_user.endpoint import CallEndpoint
-from .vhost_user.frontend import Frontend
 from .virtio import kinds
-from .virtio.pci import CONFIG_MAX
+from .virtio.kinds import CONFIG_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from .record import Record
     from .streams import Stream
     from .vhost_user.endpoint import Endpoint
+    from .vhost_user.frontend import Frontend
     from .vhost_user.memory import GuestRam
     from .virtio.kinds import Kind
 
@@ -65,6 +65,8 @@ class Prepared:
 
     def connect(self, ram: GuestRam, loop: EventLoop, config: cfg.VmConfig) -> Frontend:
         """The frontend, connected and negotiated; raises ConfigError."""
+        from .vhost_user.frontend import Frontend
+
         return Frontend(
             self._where,
             self.kind,

@@ -9,7 +9,7 @@ nothing about virtual machines.
 
 from __future__ import annotations
 
-__all__ = ("ExitStack", "Lock", "Thread", "deque", "in_main_thread", "signal")
+__all__ = ("ExitStack", "Lock", "Task", "Thread", "deque", "in_main_thread", "signal")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import ExitStack
     from threading import Lock
+    from typing import Any
 else:
     import _signal as signal
     from _collections import deque
@@ -57,6 +58,12 @@ else:
             self.close()
 
 
+# Handlers run in the main thread only; a signal that lands on another one wakes nobody.
+_HANDLED = frozenset(
+    {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGWINCH}
+)
+
+
 class Thread:
     """`target(*args)` in a thread of its own, for which the end of the process does not wait."""
 
@@ -65,7 +72,11 @@ class Thread:
 
         self._running: LockType = Lock()
         self._running.acquire()
-        start_new_thread(self._run, (target, args))
+        previous = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            start_new_thread(self._run, (target, args))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
     def _run(self, target: Callable[..., None], args: tuple[object, ...]) -> None:
         try:
@@ -79,6 +90,32 @@ class Thread:
         if ended:
             self._running.release()
         return ended
+
+
+class Task(Thread):
+    """What concurrent.futures makes of a function: it runs beside us, `result` is what it returns."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._value: Any = None
+        self._error: BaseException | None = None
+        super().__init__(self._call, function)
+
+    def _call(self, function: Callable[[], Any]) -> None:
+        try:
+            self._value = function()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """Wait for the function's end; returns or raises what it did."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def close(self) -> None:
+        """Wait for the end, whatever it is."""
+        self.join()
 
 
 def in_main_thread() -> bool:

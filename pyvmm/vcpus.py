@@ -8,7 +8,7 @@ decides.
 
 from __future__ import annotations
 
-from .lean import Thread, signal
+from .lean import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from .bus import Bus
 
     OnExit = Callable[[int, tuple[int, dict[str, Any]] | BaseException], None]
-
-# Handlers run in the main thread only; a signal that lands on a CPU thread would cost
-# an exit and wake nobody.
-_MAIN_THREAD_SIGNALS = frozenset(
-    {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD, signal.SIGWINCH}
-)
 
 
 class Exits:
@@ -55,12 +49,8 @@ class VcpuThreads:
 
     def start(self) -> None:
         """Start every CPU; those that the guest has not woken wait inside KVM."""
-        old = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_THREAD_SIGNALS)
-        try:
-            for vcpu in self._vcpus:
-                self._threads.append(Thread(self._main, vcpu))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        for vcpu in self._vcpus:
+            self._threads.append(Thread(self._main, vcpu))
 
     def stop(self, timeout: float = 15.0) -> bool:
         """Kick every CPU out of the guest and join its thread; False if one did not end.

@@ -1,7 +1,8 @@
 """A virtual machine: everything is created here, passed on, and closed here.
 
-`build` wires memory, KVM, buses, devices, tables, kernel and virtual CPUs together in the
-order that keeps start-up short: backends start first and come up while the kernel is read.
+It makes memory, KVM's machine, the kernel in it and virtual CPUs, in the order that keeps
+start-up short: backends start first and come up while the kernel is read, in a thread of its
+own, beside which everything else is loaded and built (`board`).
 `Vm.run` runs it until the guest ends it, fails, or `stop` is called.  What a device does is
 its backend's business, what an access means is the bus devices'; this module only connects.
 """
@@ -9,19 +10,10 @@ its backend's business, what an access means is the bus devices'; this module on
 from __future__ import annotations
 
 from . import devices, ending, layout, log
-from .acpi.tables import build_tables
-from .boot import cpu, cpuid, load
-from .bus import Bus
+from .boot import cpu, load
 from .errors import ConfigError
-from .irq import InterruptRouter
-from .lean import ExitStack
-from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
-from .pci.host import PciHost
+from .lean import ExitStack, Task
 from .record import Record
-from .serial import SerialPort
-from .vcpus import Exits, VcpuThreads
-from .vhost_user.memory import GuestRam
-from .virtio.pci import VirtioPciFunction
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,9 +23,10 @@ if TYPE_CHECKING:
     from ._native import kvm as native
     from ._native.memory import GuestRegion
     from ._native.vcpu import Vcpu
+    from .board import Board
     from .config import MemoryConfig, VmConfig
     from .loop import EventLoop
-    from .vhost_user.frontend import Frontend
+    from .vcpus import VcpuThreads
 
     Ended = tuple[int, dict[str, Any]]  # what Vcpu.run returns
 
@@ -63,7 +56,6 @@ class Vm:
         self._crash: tuple[int, Ended] | None = None
         self._owned = ExitStack()
         self._prepared: list[devices.Prepared] = []
-        self._frontends: list[Frontend] = []
         try:
             self._build()
         except BaseException:
@@ -76,14 +68,15 @@ class Vm:
         try:
             for device in self._prepared:
                 device.start()
-            if self.serial is not None:
-                self.serial.start()
+            serial = self.board.serial
+            if serial is not None:
+                serial.start()
             self.threads.start()
             self.loop.run()
         finally:
             self._stop_cpus()
-        if self.serial is not None:
-            self.serial.uart.flush()
+        if serial is not None:
+            serial.uart.flush()
         if self._crash is not None:
             return Outcome(CRASH, self._report(*self._crash))
         return self.outcome or Outcome(STOPPED)
@@ -113,15 +106,12 @@ class Vm:
         self.ranges = layout.ram_ranges(config.memory.size)
         self.ram = self._own(_allocate(config.memory))
         self.vm = self._create_vm()
-        self.mmio, self.pio = Bus("memory"), Bus("ports")
-        self.router = InterruptRouter(self.vm)
-        self.serial = self._add_serial()
-        self._add_power()
-        self.boot = self._load_payload()
-        self.pci = self._add_pci()
-        self._write_tables()
+        filled = self._own(Task(self._fill_memory))
+        self.board = self._build_board()
+        with ending.waiting():
+            self.boot: cpu.BootState = filled.result()
         self._vcpus = self._create_vcpus()
-        self.threads = VcpuThreads(self._vcpus, Exits(self.mmio, self.pio), self._vcpu_ended)
+        self.threads = self._prepare_threads()
 
     def _own(self, thing: Any) -> Any:
         self._owned.callback(thing.close)
@@ -134,55 +124,36 @@ class Vm:
         vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
         vm.set_tss_addr(layout.KVM_TSS)
         vm.create_irqchip()
-        for slot, piece in enumerate(self.ranges):
-            vm.set_memory_region(slot, piece.address, piece.size, self.ram.address + piece.offset)
         return vm
 
-    def _add_serial(self) -> SerialPort | None:
-        if self.config.serial.mode == "off":
-            return None
-        line = self.router.line(layout.IRQ_COM1)
-        port: SerialPort = self._own(SerialPort("--serial", self.config.serial, line.set, self.loop))
-        self.pio.insert(layout.PORT_COM1, port.SIZE, port.uart, "serial port")
-        return port
-
-    def _add_power(self) -> None:
-        sleep = SleepRegisters(lambda: self._end(Outcome(OFF)))
-        reset = ResetRegister(lambda: self._end(Outcome(RESET)))
-        i8042 = I8042Reset(lambda: self._end(Outcome(RESET)))
-        self.pio.insert(layout.PORT_SLEEP, sleep.SIZE, sleep, "ACPI sleep registers")
-        self.pio.insert(layout.PORT_RESET, reset.SIZE, reset, "ACPI reset register")
-        self.pio.insert(PORT_I8042, i8042.SIZE, i8042, "i8042")
-
-    def _load_payload(self) -> cpu.BootState:
+    def _fill_memory(self) -> cpu.BootState:
+        """Give the machine its RAM with the kernel in it: mostly the host's work, beside ours."""
+        for slot, piece in enumerate(self.ranges):
+            self.vm.set_memory_region(slot, piece.address, piece.size, self.ram.address + piece.offset)
         with memoryview(self.ram) as view:
-            return load.load(self.config.payload, view, self.ranges, layout.ACPI_TABLES)
+            return load.load(self.config.payload, view, self.ranges, layout.ACPI_TABLES, self.ram.fd)
 
-    def _add_pci(self) -> PciHost:
-        host: PciHost = self._own(PciHost(self.mmio, self.router, layout.mmio64_base(self.ram.size)))
-        self.pio.insert(layout.PORT_PCI_ADDRESS, 8, host.ports, "PCI configuration ports")
-        ram = GuestRam(self.ram.fd, self.ranges)
+    def _build_board(self) -> Board:
+        from .board import Board  # takes as long to load as the kernel, which is being read by now
+
+        off, restart = Outcome(OFF), Outcome(RESET)
+        board: Board = self._own(
+            Board(
+                self.vm, self.ram.fd, self.ranges, self.config, self.loop,
+                lambda: self._end(off), lambda: self._end(restart),
+            )
+        )  # fmt: skip
+        board.add_serial()
         for device in self._prepared:
-            frontend = device.connect(ram, self.loop, self.config)
-            self._frontends.append(frontend)
-            with ExitStack() as undo:
-                undo.callback(frontend.close)
-                function = VirtioPciFunction(
-                    frontend, ram=self.ranges, router=self.router, doorbells=self.vm, loop=self.loop
-                )
-                undo.callback(function.close)
-                host.add(function)
-                undo.pop_all()
-            frontend.start_watching()
-        return host
-
-    def _write_tables(self) -> None:
-        windows = [(window.base, window.size) for window in (self.pci.window32, self.pci.window64)]
-        tables = build_tables(self.config.cpus.boot, self.serial is not None, *windows)
+            board.add_device(device)
+        tables = board.tables()
         with memoryview(self.ram) as view:
             view[layout.ACPI_TABLES : layout.ACPI_TABLES + len(tables)] = tables
+        return board
 
     def _create_vcpus(self) -> list[Vcpu]:
+        from .boot import cpuid
+
         count = self.config.cpus.boot
         leaves = self.kvm.supported_cpuid()
         vcpus: list[Vcpu] = [self._own(self.vm.create_vcpu(index)) for index in range(count)]
@@ -196,6 +167,11 @@ class Vm:
         vcpus[0].set_regs(cpu.boot_regs(self.boot))
         return vcpus
 
+    def _prepare_threads(self) -> VcpuThreads:
+        from .vcpus import Exits, VcpuThreads
+
+        return VcpuThreads(self._vcpus, Exits(self.board.mmio, self.board.pio), self._vcpu_ended)
+
     # -- the end ---------------------------------------------------------------------------
     def _end(self, outcome: Outcome) -> None:
         """Keep the first reason; called on virtual CPU threads too."""
@@ -206,7 +182,7 @@ class Vm:
     def _stop_cpus(self) -> None:
         if self.threads.stop(PATIENCE):
             return
-        for frontend in self._frontends:  # a CPU may be waiting for one of their answers
+        for frontend in self.board.frontends:  # a CPU may be waiting for one of their answers
             frontend.interrupt()
         if not self.threads.stop():
             log.warn("a virtual CPU did not stop in time; its thread is left behind")

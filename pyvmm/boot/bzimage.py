@@ -80,10 +80,9 @@ def load(fd: int, image: BzImage, ram: GuestRam, name: str) -> tuple[int, int]:
     address = _address(image, ram, name)
     size = min(image.code_size, os.fstat(fd).st_size - image.code_offset)
     need = max(size, image.init_size)
-    window = ram.window(address, need)
-    if window is None:
+    if ram.window(address, need) is None:
         raise elf.does_not_fit(name, address + need, ram)
-    elf.read_into(fd, image.code_offset, window[:size], f"kernel {name}")
+    ram.fill(address, size, fd, image.code_offset, f"kernel {name}")
     return address + _ENTRY_64, address + need
 
 

@@ -99,18 +99,8 @@ def load(fd: int, elf: Elf, ram: GuestRam, lowest: int, name: str) -> None:
     The rest of each segment (BSS) must be zero and is, since guest RAM is fresh.  Raises ConfigError.
     """
     for segment in elf.loads:
-        window = _window(segment, ram, lowest, name)
-        read_into(fd, segment.offset, window[: segment.filesz], name)
-
-
-def read_into(fd: int, offset: int, window: memoryview, name: str) -> None:
-    """Fill `window` from the file without an intermediate copy; a short file is a ConfigError."""
-    done = 0
-    while done < len(window):
-        count = os.preadv(fd, [window[done:]], offset + done)
-        if count == 0:
-            raise ConfigError(f"{name}: the file ended while it was read; is something writing it?")
-        done += count
+        _check_place(segment, ram, lowest, name)
+        ram.fill(segment.paddr, segment.filesz, fd, segment.offset, name)
 
 
 def _check_header(header: bytes, name: str) -> int:
@@ -131,17 +121,15 @@ def _check_header(header: bytes, name: str) -> int:
     return elf_class
 
 
-def _window(segment: Segment, ram: GuestRam, lowest: int, name: str) -> memoryview:
+def _check_place(segment: Segment, ram: GuestRam, lowest: int, name: str) -> None:
     if segment.filesz > segment.memsz:
         raise _broken(name, "a segment is larger in the file than in memory")
     if segment.paddr < lowest:
         raise ConfigError(
             f"kernel {name}: wants to lie at {segment.paddr:#x}; below {lowest:#x} are boot data and tables"
         )
-    window = ram.window(segment.paddr, segment.memsz)
-    if window is None:
+    if ram.window(segment.paddr, segment.memsz) is None:
         raise does_not_fit(name, segment.end, ram)
-    return window
 
 
 def does_not_fit(name: str, end: int, ram: GuestRam) -> ConfigError:

@@ -37,13 +37,15 @@ class _Job(Record):
     rsdp: int
 
 
-def load(config: PayloadConfig, view: memoryview, ranges: Sequence[RamRange], rsdp: int) -> BootState:
+def load(
+    config: PayloadConfig, view: memoryview, ranges: Sequence[RamRange], rsdp: int, ram_fd: int = -1
+) -> BootState:
     """Load what `config` names into the RAM `view` and say how the first CPU starts.
 
-    `rsdp` is the guest address of the ACPI root pointer.  Raises ConfigError for whatever
-    is wrong with the files, OSError never.
+    `rsdp` is the guest address of the ACPI root pointer, `ram_fd` the RAM's file if it has
+    one.  Raises ConfigError for whatever is wrong with the files, OSError never.
     """
-    ram = GuestRam(view, ranges)
+    ram = GuestRam(view, ranges, ram_fd)
     job = _Job(config, ram, _place_cmdline(ram, config.cmdline), rsdp)
     fd = _open("kernel", config.kernel)
     try:
@@ -135,14 +137,13 @@ def _load_initramfs(path: str, ram: GuestRam, lowest: int, limit: int) -> tuple[
         if size == 0:
             raise ConfigError(f"initramfs {path}: is empty; leave the option out or give a cpio archive")
         address = (min(ram.low_top, limit) - size) // layout.PAGE_SIZE * layout.PAGE_SIZE
-        window = ram.window(address, size)
-        if address < lowest or window is None:
+        if address < lowest or ram.window(address, size) is None:
             top, wanted = min(ram.low_top, limit), (lowest + size >> 20) + 32
             raise ConfigError(
                 f"initramfs {path}: its {size} bytes do not fit between the kernel's end, {lowest:#x}, "
                 f"and the end of RAM, {top:#x}; give at least --memory size={wanted}M"
             )
-        elf.read_into(fd, 0, window, f"initramfs {path}")
+        ram.fill(address, size, fd, 0, f"initramfs {path}")
     except OSError as error:
         raise ConfigError(f"initramfs {path}: {error.strerror}") from error
     finally:

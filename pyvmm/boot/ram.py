@@ -6,7 +6,11 @@ map that every boot protocol hands to the guest.  It does not know what is place
 
 from __future__ import annotations
 
+import errno
+import os
+
 from .. import layout
+from ..errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -19,19 +23,20 @@ E820_RAM, E820_RESERVED = 1, 2
 
 
 class GuestRam:
-    """All guest RAM: `view` is the RAM file's bytes, `ranges` say where they appear."""
+    """All guest RAM: `view` is the RAM file's bytes, `ranges` say where they appear.
 
-    def __init__(self, view: memoryview, ranges: Sequence[RamRange]) -> None:
+    `fd` is the RAM file, -1 when there is none.
+    """
+
+    def __init__(self, view: memoryview, ranges: Sequence[RamRange], fd: int = -1) -> None:
         self.view = view
         self.ranges = tuple(ranges)
+        self._fd = fd
 
     def window(self, address: int, size: int) -> memoryview | None:
         """`size` bytes at a guest address, or None unless all of them are one run of RAM."""
-        for run in self.ranges:
-            if run.address <= address and address + size <= run.end:
-                start = run.offset + address - run.address
-                return self.view[start : start + size]
-        return None
+        start = self._place(address, size)
+        return None if start is None else self.view[start : start + size]
 
     def read(self, address: int, size: int) -> bytes | None:
         """A copy of `size` bytes at a guest address, or None where that is not RAM."""
@@ -44,6 +49,40 @@ class GuestRam:
         if window is None:
             raise ValueError(f"{len(data)} bytes at {address:#x} are not in guest RAM")
         window[:] = data
+
+    def fill(self, address: int, size: int, file: int, offset: int, name: str) -> None:
+        """Copy `size` bytes of `file` from `offset` to a guest address that must be RAM.
+
+        A shorter file is a ConfigError that begins with `name`.
+        """
+        place = self._place(address, size)
+        if place is None:
+            raise ValueError(f"{size} bytes at {address:#x} are not in guest RAM")
+        done = 0
+        while done < size:
+            count = self._copy(place + done, size - done, file, offset + done)
+            if count == 0:
+                raise ConfigError(f"{name}: the file ended while it was read; is something writing it?")
+            done += count
+
+    def _copy(self, place: int, size: int, file: int, offset: int) -> int:
+        """Written to the RAM file, fresh pages are neither cleared nor mapped: half the time."""
+        if self._fd >= 0:
+            try:
+                os.lseek(self._fd, place, os.SEEK_SET)
+                return os.sendfile(self._fd, file, offset, size)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # huge pages cannot be written, some files not spliced
+                    raise
+                self._fd = -1
+        return os.preadv(file, [self.view[place : place + size]], offset)
+
+    def _place(self, address: int, size: int) -> int | None:
+        """Where in the RAM file a run of guest addresses lies; None unless all of it is RAM."""
+        for run in self.ranges:
+            if run.address <= address and address + size <= run.end:
+                return run.offset + address - run.address
+        return None
 
     @property
     def low_top(self) -> int:

@@ -33,6 +33,7 @@ FORWARD, WHOLE, ABSORB = "forward", "whole", "absorb"
 ANY, PAIRS, PORTS, FIXED = "any", "pairs", "ports", "fixed"
 UNCLASSIFIED = 0xFFFF  # base class and subclass of a device that fits no class
 PAIR = 2
+CONFIG_MAX = 4096  # bytes of configuration that the transport has room for
 
 
 class Kind(Record):

@@ -54,7 +54,6 @@ REGISTERS_BAR, MEMORY_BAR = 0, 2
 NOTIFY_MULTIPLIER = 4  # a doorbell has 32 bits where VIRTIO_F_NOTIFICATION_DATA is accepted (4.1.4.4.1)
 MAX_REGIONS = 3  # each has a capability, and those share 192 bytes
 MAX_QUEUES = 256  # vhost-user names a queue in 8 bits when it hands over a doorbell
-CONFIG_MAX = PAGE
 CFG_BAR, CFG_OFFSET, CFG_LENGTH, CFG_DATA = 4, 8, 12, 16  # struct virtio_pci_cfg_cap
 CFG_WIDTHS = (1, 2, 4)
 
@@ -339,9 +338,9 @@ def _check(backend: Backend) -> None:
         raise ConfigError(
             f"{backend.name}: {count} shared memory regions; at most {MAX_REGIONS} are possible"
         )
-    if backend.config_size > CONFIG_MAX:
+    if backend.config_size > kinds.CONFIG_MAX:
         raise ConfigError(
-            f"{backend.name}: {backend.config_size} bytes of configuration; at most {CONFIG_MAX}"
+            f"{backend.name}: {backend.config_size} bytes of configuration; at most {kinds.CONFIG_MAX}"
         )
 
 

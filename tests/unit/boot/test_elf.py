@@ -8,7 +8,6 @@ import pytest
 from fakes import kernels
 
 from pyvmm.boot import elf
-from pyvmm.errors import ConfigError
 
 
 def test_notes() -> None:
@@ -33,10 +32,3 @@ def test_absurdly_long_notes_are_not_searched(tmp_path: Path) -> None:
     path.write_bytes(kernels.elf(notes=kernels.pvh_note().ljust(2 << 20, b"\0")))
     with path.open("rb") as file:
         assert elf.parse(file.fileno(), "vmlinux").pvh_entry is None
-
-
-def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"12345")
-    with path.open("rb") as file, pytest.raises(ConfigError, match="file: the file ended"):
-        elf.read_into(file.fileno(), 2, memoryview(bytearray(4)), "file")
