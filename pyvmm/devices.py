@@ -3,6 +3,7 @@
 It owns the conveniences (`--disk`, `--fs`, `--console`, `--rng` start a backend each) and
 the checks that need the table of kinds.  Every one of them ends as the same thing, a
 `Prepared` device that the generic frontend connects to; there is no second device model.
+What only some of the options need is imported by their functions.
 """
 
 from __future__ import annotations
@@ -12,13 +13,8 @@ import stat
 
 from . import config as cfg
 from . import options
-from .backend import process
-from .backend.endpoints import PortConfig
 from .errors import ConfigError
 from .files import open_file
-from .host import backends
-from .streams import ListeningStream, open_stream
-from .vhost_user.endpoint import CallEndpoint
 from .virtio import kinds
 from .virtio.kinds import CONFIG_MAX
 
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .backend.device import Device
+    from .backend.process import DeviceProcess
     from .loop import EventLoop
     from .record import Record
     from .streams import Stream
@@ -210,12 +207,18 @@ def _fs(device: cfg.FsDevice) -> Prepared:
     tag = os.fsencode(device.tag)
     config = tag.ljust(36, b"\0") + device.num_queues.to_bytes(4, "little")
     sizes = (device.queue_size,) * (1 + device.num_queues)  # the first is the high-priority queue
-    backend = None if device.socket else backends.start_virtiofsd(device)
-    where = backend.endpoint if backend else device.socket
-    return Prepared(device.id or f"fs {device.tag}", kind, sizes, where, config=config, backend=backend)
+    name = device.id or f"fs {device.tag}"
+    if device.socket:
+        return Prepared(name, kind, sizes, device.socket, config=config)
+    from .host import backends
+
+    backend = backends.start_virtiofsd(device)
+    return Prepared(name, kind, sizes, backend.endpoint, config=config, backend=backend)
 
 
 def _disk(device: cfg.DiskDevice) -> Prepared:
+    from .host import backends
+
     backend = backends.start_disk(device)
     sizes = (device.queue_size,) * device.num_queues
     name = device.id or f"disk {device.path}"
@@ -223,6 +226,8 @@ def _disk(device: cfg.DiskDevice) -> Prepared:
 
 
 def _rng(device: cfg.RngDevice) -> Prepared:
+    from .backend import process
+
     def make() -> Device:
         from .backend.rng import Rng
 
@@ -234,6 +239,10 @@ def _rng(device: cfg.RngDevice) -> Prepared:
 
 
 def _console(device: cfg.ConsoleDevice) -> Prepared:
+    from .backend import process
+    from .backend.endpoints import PortConfig
+    from .streams import ListeningStream, open_stream
+
     stream = open_stream("--console", device.stream)
     try:
         listener = stream.listener.fileno() if isinstance(stream, ListeningStream) else -1
@@ -249,8 +258,10 @@ def _console(device: cfg.ConsoleDevice) -> Prepared:
     return prepared
 
 
-def _python(name: str, kind: str, queue_sizes: tuple[int, ...], backend: process.DeviceProcess) -> Prepared:
+def _python(name: str, kind: str, queue_sizes: tuple[int, ...], backend: DeviceProcess) -> Prepared:
     """A device of ours in a process of its own, which is connected already."""
+    from .vhost_user.endpoint import CallEndpoint
+
     where = CallEndpoint(name, lambda _: backend.take_socket())
     return Prepared(name, _kind(kind), queue_sizes, where, backend=backend)
 

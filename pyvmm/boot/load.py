@@ -1,7 +1,8 @@
 """Put a kernel, its command line and its initramfs into guest RAM, ready to run.
 
 It owns the choice of boot protocol and the places of command line and initramfs.  Formats and
-protocols are its neighbours' (elf, bzimage, payload, pvh, linux64); it does not know KVM.
+protocols are its neighbours' (elf, bzimage, payload, pvh, linux64), of which those for other than
+ELF files and PVH are loaded when needed; it does not know KVM.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from .. import layout
 from ..errors import ConfigError
 from ..files import open_file
 from ..record import Record
-from . import bzimage, cpu, elf, firmware, image, linux64, payload, pvh
+from . import cpu, elf, firmware, image, pvh
 from .cpu import LINUX64, PVH, BootState
 from .ram import GuestRam
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..config import PayloadConfig
     from ..layout import RamRange
+    from .bzimage import BzImage
 
 CMDLINE_LIMIT = 2047  # COMMAND_LINE_SIZE - 1 in Linux, which cuts longer ones silently
 _NOWHERE = (0, 0)
@@ -66,6 +68,8 @@ def _load_kernel(fd: int, job: _Job) -> BootState:
         if protocol == "bzimage":
             raise ConfigError(f"kernel {name}: is an ELF file, so protocol=bzimage cannot be; use auto")
         return _load_elf(fd, job, name)
+    from . import bzimage, payload
+
     boot = bzimage.parse(fd, name)
     if protocol == "bzimage":
         return _load_bzimage(fd, boot, job)
@@ -88,11 +92,15 @@ def _load_elf(fd: int, job: _Job, vmlinux: str) -> BootState:
     if protocol == PVH:
         argument = pvh.write(ram, job.cmdline, initramfs, job.rsdp)
     else:
+        from . import linux64
+
         argument = linux64.write(ram, linux64.default_header(), job.cmdline, initramfs, job.rsdp)
     return BootState(protocol, entry, argument, vmlinux)
 
 
-def _load_bzimage(fd: int, boot: bzimage.BzImage, job: _Job) -> BootState:
+def _load_bzimage(fd: int, boot: BzImage, job: _Job) -> BootState:
+    from . import bzimage, linux64
+
     entry, end = bzimage.load(fd, boot, job.ram, job.config.kernel)
     initramfs = _load_initramfs(job.config.initramfs, job.ram, end, boot.initrd_max + 1)
     argument = linux64.write(job.ram, boot.header, job.cmdline, initramfs, job.rsdp)
