@@ -86,7 +86,7 @@ need_modules() {
 }
 
 source_hash() {
-    (cd "$top" && find meson.build pyproject.toml native pyvmm guest-images -type f \
+    (cd "$top" && find meson.build pyproject.toml bin native pyvmm guest-images -type f \
         -not -name '*.so' -not -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -c1-32)
 }
 

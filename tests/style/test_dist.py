@@ -60,3 +60,11 @@ def test_every_extension_has_a_row_and_a_stub():
 def test_the_lists_are_as_the_script_writes_them():
     script = ROOT / "scripts" / "list-sources"
     assert subprocess.run([sys.executable, str(script), "--check"], check=False).returncode == 0
+
+
+def test_the_command_starts_without_slow_imports():
+    """pip writes the interpreter into a script that begins with `#!python`, and nothing else."""
+    text = (ROOT / "bin" / "pyvmm").read_text()
+    assert text.startswith("#!python\n")
+    assert re.findall(r"^\s*(?:import|from) .*", text, re.MULTILINE) == ["from pyvmm.cli import main"]
+    assert "bin/pyvmm" in tracked("bin/*")
