@@ -80,13 +80,10 @@ def test_cpus_and_memory(machine: Machine, cpus: int, memory: str, megabytes: in
     assert 0.85 * megabytes < int(total.split()[1]) / 1024 <= megabytes
 
 
-def test_5_gib_are_used_above_the_hole(machine: Machine) -> None:
-    """Every page of a big file in the guest's memory is written and read back."""
-    script = (
-        "dd if=/dev/urandom of=/dev/shm/a bs=1M count=64 2>/dev/null; cat /proc/iomem | grep 'System RAM'"
-    )
-    done = machine.pyvmm("run", "--memory", "5G", "--", "sh", "-c", script).ok()
-    assert b"100000000-1bfffffff : System RAM" in done.stdout, repr(done)
+def test_5_gib_lie_around_the_hole(machine: Machine) -> None:
+    done = machine.pyvmm("run", "--memory", "5G", "--", "grep", "System RAM", "/proc/iomem").ok()
+    ranges = [line.split(" ")[0] for line in done.stdout.decode().splitlines()]
+    assert ranges == ["00001000-0009fbff", "00100000-bfffffff", "100000000-17fffffff"]
 
 
 def test_a_guest_panic_has_its_own_status_and_name(machine: Machine) -> None:
