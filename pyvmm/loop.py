@@ -89,6 +89,11 @@ class EventLoop:
         if self._wake >= 0:
             os.eventfd_write(self._wake, 1)
 
+    @property
+    def stopped(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopped
+
     def run(self) -> None:
         """Dispatch until `stop`.  An exception in a callback ends the loop and is raised."""
         while not self._stopped:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+from time import monotonic
 
 from .legacy.uart import Uart
 from .streams import ListeningStream, open_stream
@@ -20,7 +22,12 @@ if TYPE_CHECKING:
     from .config import StreamConfig
     from .loop import EventLoop
 
-CHUNK = 4096
+CHUNK = 4096  # what a pipe that polls writable takes without blocking
+LOOK_MS = 100  # how often a blocked write looks whether the machine ends
+LAST_SECONDS = 0.5  # that its reader gets then
+READER_GONE = (
+    errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.ECONNRESET, errno.ENOTCONN, errno.EAGAIN,
+)  # fmt: skip
 
 
 class SerialPort:
@@ -88,17 +95,22 @@ class SerialPort:
             listener(data)
         fd = self._stream.output_fd
         if fd >= 0:
-            _write_all(fd, data)
+            self._write(fd, data)
 
-
-def _write_all(fd: int, data: bytes) -> None:
-    """Write `data`; what the reader will not take any more is lost, as on a real line."""
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.ECONNRESET):
-                raise
-            return
+    def _write(self, fd: int, data: bytes) -> None:
+        """Write `data` at the reader's pace; when the machine ends, a reader that is too slow loses bytes."""
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        due = 0.0
+        while data:
+            if poll.poll(LOOK_MS):
+                try:
+                    data = data[os.write(fd, data[:CHUNK]) :]
+                except OSError as error:
+                    if error.errno not in READER_GONE:
+                        raise
+                    return
+            elif self._loop.stopped:
+                due = due or monotonic() + LAST_SECONDS
+                if monotonic() > due:
+                    return

@@ -98,14 +98,34 @@ def test_a_reader_that_went_away_is_no_error(loop: EventLoop) -> None:
         close(loop, serial)
 
 
-def test_a_full_reader_loses_bytes_but_stops_nobody(loop: EventLoop) -> None:
+def test_a_slow_reader_gets_everything(loop: EventLoop) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        theirs.setblocking(False)
         serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
-        for _ in range(200):
-            say(serial, b"x" * 4096)
+        text = bytes(range(256)) * 2000
+        writer = threading.Thread(target=serial._output, args=(text,))
+        writer.start()
+        sleep(0.3)
+        assert writer.is_alive()
+        found = bytearray()
+        while len(found) < len(text):
+            found += ours.recv(65536)
+        writer.join()
+        assert found == text
         close(loop, serial)
+
+
+def test_a_reader_that_has_stopped_does_not_hold_up_the_end(loop: EventLoop) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        writer = threading.Thread(target=serial._output, args=(bytes(1 << 20),))
+        writer.start()
+        sleep(0.1)
+        loop.stop()
+        writer.join(5)
+        assert not writer.is_alive()
+        serial.close()
 
 
 def test_a_full_disk_is_no_error(loop: EventLoop) -> None:
