@@ -59,13 +59,17 @@ class Prepared:
         self._backend = backend
         self._force = force
         self.stream: Stream | None = None
+        self.before_waiting: Callable[[], object] | None = None  # see Endpoint
 
     def connect(self, ram: GuestRam, loop: EventLoop, config: cfg.VmConfig) -> Frontend:
         """The frontend, connected and negotiated; raises ConfigError."""
+        from .vhost_user.endpoint import endpoint
         from .vhost_user.frontend import Frontend
 
+        where = endpoint(self._where)
+        where.before_waiting = self.before_waiting or where.before_waiting
         return Frontend(
-            self._where,
+            where,
             self.kind,
             self.queue_sizes,
             self._config,

@@ -74,6 +74,12 @@ class waiting:
             _Note.open = False
 
 
+def give_way() -> None:
+    """Raise what `waiting` would; for other threads, between two steps of something long."""
+    if _Note.number:
+        raise SystemExit(128 + _Note.number)
+
+
 class held:
     """`with held():` around a fork, so that a child never runs its parent's handlers.
 

@@ -107,9 +107,10 @@ class Vm:
         self.ram = self._own(_allocate(config.memory))
         self.vm = self._create_vm()
         filled = self._own(Task(self._fill_memory))
+        for device in self._prepared:
+            device.before_waiting = lambda: _wait_for(filled)  # a bad kernel is told at once
         self.board = self._build_board()
-        with ending.waiting():
-            self.boot: cpu.BootState = filled.result()
+        self.boot: cpu.BootState = _wait_for(filled)
         self._vcpus = self._create_vcpus()
         self.threads = self._prepare_threads()
 
@@ -215,6 +216,11 @@ class Vm:
                 symbols.find(self.config.payload.kernel, self.boot),
                 bool(accel.why_not()),
             )
+
+
+def _wait_for(task: Task) -> Any:
+    with ending.waiting():
+        return task.result()
 
 
 def _allow_descriptors(queues: int) -> None:

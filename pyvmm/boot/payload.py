@@ -18,7 +18,7 @@ from struct import unpack_from
 from time import time
 
 from .. import cache, log
-from ..ending import waiting
+from ..ending import give_way, waiting
 from ..errors import ConfigError
 
 TYPE_CHECKING = False
@@ -103,6 +103,7 @@ def _unpack_into(target: int, fd: int, image: BzImage, path: str, size: int) -> 
         if not 0 < size <= MAX_UNPACKED:
             raise ConfigError(f"its {name} payload claims to unpack to {size} bytes; is the file complete?")
         for piece in unpack(data):
+            give_way()
             done += len(piece)
             if done > size:
                 break

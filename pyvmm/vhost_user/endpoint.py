@@ -27,10 +27,14 @@ CONNECTED = "pass a connected Unix stream socket"
 
 
 class Endpoint:
-    """A place where a backend answers.  `name` is what messages call it."""
+    """A place where a backend answers.  `name` is what messages call it.
+
+    `before_waiting` is called when a backend is not there yet, and may raise what makes waiting useless.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.before_waiting: Callable[[], object] = _nothing
 
     def connect(self, timeout: float) -> socket:
         """A new connection, in at most `timeout` seconds; ConfigError says what to mend."""
@@ -58,6 +62,7 @@ class PathEndpoint(Endpoint):
             except OSError as error:
                 sock.close()
                 self._judge(error, monotonic() - start, timeout)
+                self.before_waiting()
             except BaseException:
                 sock.close()
                 raise
@@ -137,6 +142,10 @@ class CallEndpoint(Endpoint):
 
     def connect(self, timeout: float) -> socket:
         return self._connect(timeout)
+
+
+def _nothing() -> None:
+    """Nothing stands against waiting."""
 
 
 def endpoint(where: Endpoint | str | int | Callable[[float], socket]) -> Endpoint:

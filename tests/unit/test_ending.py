@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from pyvmm.ending import Signals, held, release, waiting
+from pyvmm.ending import Signals, give_way, held, release, waiting
 
 
 def interrupt(number: int = signal.SIGTERM) -> None:
@@ -60,6 +60,13 @@ def test_other_threads_wait_undisturbed(seen: list[int]) -> None:
     done.set()
     thread.join()
     assert not thread.is_alive()
+
+
+def test_other_threads_give_way(seen: list[int]) -> None:
+    give_way()
+    interrupt()
+    with pytest.raises(SystemExit):
+        give_way()
 
 
 def test_everything_is_put_back() -> None:
