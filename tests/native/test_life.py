@@ -15,6 +15,7 @@ import signal
 import socket
 import termios
 import time
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("need_kvm")]
 
 TRIPLE_FAULT = bytes.fromhex("0f0b")  # ud2; there is no interrupt table
 NOWHERE = bytes.fromhex("b8000000d0 ffe0")  # mov eax, 0xd0000000; jmp eax: no memory is there
+CHATTER = bytes.fromhex("66baf803 b078 ee ebfd")  # mov dx, 0x3f8; mov al, "x"; again: out dx, al; jmp again
 MOMENTS = 12
 DEVICES = ("--console", "file=console", "--serial", "socket=serial", "--rng", "src=/dev/zero")
 BOOT = ("--kernel", "spin", *DEVICES)
@@ -45,6 +47,45 @@ def folder(tmp_path, monkeypatch):
     with (tmp_path / "disk").open("wb") as disk:
         disk.truncate(1 << 20)
     return tmp_path
+
+
+class Terminal:
+    """A pseudo terminal; `run` starts the program with it as controlling terminal."""
+
+    def __init__(self):
+        self.ours, self.theirs = os.openpty()
+        self.modes = termios.tcgetattr(self.theirs)
+        self.text = b""
+
+    def run(self, folder, *argv):
+        def take():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
+        return Program(folder, *argv, start_new_session=True, preexec_fn=take, **streams)
+
+    def raw(self):
+        return not termios.tcgetattr(self.theirs)[3] & termios.ISIG
+
+    def restored(self):
+        return termios.tcgetattr(self.theirs) == self.modes
+
+    def read(self):
+        """What was printed."""
+        while select.select([self.ours], [], [], 0)[0]:
+            self.text += os.read(self.ours, 65536)
+        return self.text.replace(b"\r\n", b"\n").decode()
+
+    def close(self):
+        os.close(self.ours)
+        os.close(self.theirs)
+
+
+@pytest.fixture
+def terminal():
+    made = Terminal()
+    yield made
+    made.close()
 
 
 def booted(folder):
@@ -165,6 +206,7 @@ def test_a_signal_ends_the_unpacking_of_a_kernel(folder):
         run.process.terminate()
         assert run.finish() == 143
         run.check_gone()
+    assert not list(folder.rglob("bz-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -192,6 +234,17 @@ def test_what_nohup_ignores_stays_ignored(folder):
         run.check_gone()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_a_reader_that_has_stopped_does_not_hold_up_the_end(folder, terminal, kind):
+    (folder / "chatter").write_bytes(pvh_elf(CHATTER))
+    words = ("--kernel", "chatter", "--console", "off", "--serial", "tty")
+    with terminal.run(folder, *words) if kind == "terminal" else Program(folder, *words) as run:
+        time.sleep(1.5)  # by now the buffer is full
+        run.process.terminate()
+        assert run.process.wait(5) == 143
+        run.check_gone()
+
+
 # -- deaths --------------------------------------------------------------------------------
 
 
@@ -203,6 +256,25 @@ def test_backends_die_with_a_killed_vmm(folder):
         assert run.finish() == 137
         (folder / "serial").unlink()  # which nobody could
         run.check_gone(seconds=10)
+
+
+def test_backends_get_no_descriptor_that_is_not_theirs(folder):
+    """Not even one that the user handed to the machine, which would outlive it there."""
+    reader, writer = os.pipe()
+    with Program(folder, *BOOT, *DISK, pass_fds=(writer,)) as run:
+        await_true(booted, folder)
+        ours = os.readlink(f"/proc/self/fd/{writer}")
+        assert ours in open_files(run.process.pid)
+        for pid in run.await_descendants(BACKENDS):
+            assert ours not in open_files(pid)
+        run.process.terminate()
+        assert run.finish() == 143
+    os.close(reader)
+    os.close(writer)
+
+
+def open_files(pid):
+    return [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -229,45 +301,6 @@ def test_the_machine_survives_its_backends(folder, running):
 
 
 # -- the terminal --------------------------------------------------------------------------
-
-
-class Terminal:
-    """A pseudo terminal; `run` starts the program with it as controlling terminal."""
-
-    def __init__(self):
-        self.ours, self.theirs = os.openpty()
-        self.modes = termios.tcgetattr(self.theirs)
-        self.text = b""
-
-    def run(self, folder, *argv):
-        def take():
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
-        streams = dict.fromkeys(("stdin", "stdout", "stderr"), self.theirs)
-        return Program(folder, *argv, start_new_session=True, preexec_fn=take, **streams)
-
-    def raw(self):
-        return not termios.tcgetattr(self.theirs)[3] & termios.ISIG
-
-    def restored(self):
-        return termios.tcgetattr(self.theirs) == self.modes
-
-    def read(self):
-        """What was printed."""
-        while select.select([self.ours], [], [], 0)[0]:
-            self.text += os.read(self.ours, 65536)
-        return self.text.replace(b"\r\n", b"\n").decode()
-
-    def close(self):
-        os.close(self.ours)
-        os.close(self.theirs)
-
-
-@pytest.fixture
-def terminal():
-    made = Terminal()
-    yield made
-    made.close()
 
 
 @pytest.mark.parametrize(
