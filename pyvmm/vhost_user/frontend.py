@@ -1,69 +1,37 @@
 """The generic vhost-user frontend: makes one backend into a device for virtio.
 
-It owns the device's negotiated state, the order of messages at start and stop, the lock
-that serialises virtual CPUs, and what happens when the backend is lost.  What the device
-is comes in as data (`kind`); it must not know about PCI, registers or interrupts.  The
-order of messages is the one that QEMU, rust-vmm, libvhost-user, DPDK and SPDK agree on.
+It owns the device's state, the lock that serialises virtual CPUs, and what happens when the
+backend is lost.  What must be agreed upon is in `opening`, the order of messages in `rings`.  What
+the device is comes in as data (`kind`); it must not know about PCI, registers or interrupts.
 """
 
 from __future__ import annotations
 
 from .. import log
-from ..errors import BackendLost, ConfigError, ProtocolError, RemoteProtocolError
+from ..errors import BackendLost, ConfigError, ProtocolError
 from ..lean import Lock
+from . import rings
 from .client import Refusal
-from .config_space import BackendConfig, LocalConfig
 from .endpoint import endpoint
 from .link import Link
 from .memory import MemoryTable
-from .messages import F_PROTOCOL_FEATURES, ProtocolFeature
-from .payloads import U64, VringAddr, VringFile, VringState
+from .opening import Opening
+from .rings import Wanted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
     from collections.abc import Callable, Sequence
-    from typing import Protocol, TypeVar
+    from typing import TypeVar
 
     from ..loop import EventLoop
     from ..virtio.queue import QueueSetup
     from .codec import Message
     from .endpoint import Endpoint
     from .memory import GuestRam
+    from .opening import Kind
 
     Result = TypeVar("Result")
-
-    class Kind(Protocol):
-        """What the frontend must know of a device kind; `pyvmm.virtio.kinds` has them."""
-
-        @property
-        def device_id(self) -> int: ...
-        @property
-        def name(self) -> str: ...
-        @property
-        def min_queues(self) -> int: ...
-        @property
-        def config_size(self) -> int: ...
-        @property
-        def write_policy(self) -> str: ...
-
-
-def _bits(*numbers: int) -> int:
-    return sum(1 << number for number in numbers)
-
-
-# Feature bits that may reach the guest: the device's own, and of the transport's those that need
-# nothing from us: INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER, ORDER_PLATFORM, NOTIFICATION_DATA.
-# Not among them: LOG_ALL (26) and PROTOCOL_FEATURES (30), which are vhost's; ACCESS_PLATFORM (33),
-# RING_PACKED (34) and RING_RESET (40), which want more of a frontend than there is.
-GUEST_FEATURES = _bits(*range(24), 28, 29, 32, 35, 36, 38, *range(50, 64))
-VERSION_1 = 1 << 32
-
-BASIC = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK
-WITH_CONFIG = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
-
-MAX_QUEUES = 256  # the index of SET_VRING_KICK has 8 bits
-MAX_QUEUE_SIZE = 32768
 
 
 class Frontend:
@@ -99,8 +67,6 @@ class Frontend:
         self.shared_memory: tuple[tuple[int, int], ...] = ()
         self.on_config_change: Callable[[], None] = _nothing
         self.on_lost: Callable[[str], None] = _nothing
-        self._kind = kind
-        self._override = config
         self._loop = loop
         self._deadline = deadline
         self._lock = Lock()
@@ -108,27 +74,12 @@ class Frontend:
         self._retired: Link | None = None
         self._config_changed = False
         self._running: tuple[QueueSetup, ...] = ()
-        self._check_queues(force)
+        self._opening = Opening(self.name, kind, queue_sizes, config, force)
         self._memory = MemoryTable(ram)
         self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline)
         self._open(self._link)
 
     # -- opening -----------------------------------------------------------------------
-    def _check_queues(self, force: bool) -> None:
-        count, least = len(self.queue_sizes), self._kind.min_queues
-        if not 1 <= count <= MAX_QUEUES:
-            raise ConfigError(f"{self.name}: {count} queues; a device has 1 to {MAX_QUEUES}")
-        if count < least and not force:
-            raise ConfigError(
-                f"{self.name}: {count} queues, but {self._kind.name} drivers need {least}; "
-                f"give {least} queue sizes, or --force if you know the driver"
-            )
-        for size in self.queue_sizes:
-            if not 1 <= size <= MAX_QUEUE_SIZE or size & (size - 1):
-                raise ConfigError(
-                    f"{self.name}: queue size {size}; it must be a power of two up to {MAX_QUEUE_SIZE}"
-                )
-
     def _open(self, link: Link) -> None:
         try:
             self._negotiate(link)
@@ -144,40 +95,10 @@ class Frontend:
             raise
 
     def _negotiate(self, link: Link) -> None:
-        link.open(self._choose, {"CONFIG_CHANGE_MSG": self._note_config_change})
-        offered = link.client.negotiation.virtio_offered or 0
-        self.features = offered & GUEST_FEATURES
-        if not offered & VERSION_1:
-            log.warn(f"{self.name}: the backend lacks VIRTIO_F_VERSION_1, which drivers insist on")
-        limit = link.client.queue_limit()
-        if limit is not None and len(self.queue_sizes) > limit:
-            raise ConfigError(
-                f"{self.name}: {len(self.queue_sizes)} queues, but the backend has {limit}; "
-                f"give at most {limit} queue sizes"
-            )
-        self._config = self._find_config(link)
-        self.config_size = self._config.size
-
-    def _choose(self, offered: int) -> int:
-        """Ack what will be used, no more: a backend may rely on what is acked."""
-        wanted = BASIC
-        if self._override is None and self._kind.config_size:
-            wanted |= WITH_CONFIG
-        if not offered & wanted & ProtocolFeature.CONFIG:
-            wanted &= ~ProtocolFeature.BACKEND_REQ  # all it could say is that CONFIG changed
-        return offered & wanted
-
-    def _find_config(self, link: Link) -> LocalConfig:
-        size = self._kind.config_size
-        if self._override is not None:
-            return LocalConfig(self._override)
-        if link.client.negotiation.has(ProtocolFeature.CONFIG):
-            return BackendConfig(link.client, size, self._kind.write_policy)
-        if size:
-            log.warn(
-                f"{self.name}: the backend has no configuration space, the guest reads zeros; see config="
-            )
-        return LocalConfig(bytes(size))
+        agreed = self._opening.open(link, {"CONFIG_CHANGE_MSG": self._note_config_change})
+        self.features = agreed.features
+        self._config = agreed.config
+        self.config_size = agreed.config.size
 
     # -- start and stop ----------------------------------------------------------------
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
@@ -186,7 +107,8 @@ class Frontend:
         Returns when the backend has carried out everything.  Raises ProtocolError; the backend is
         lost then.
         """
-        self._with_link(lambda link: self._start(link, features, tuple(queues)))
+        wanted = Wanted(features & self.features, tuple(queues))
+        self._with_link(lambda link: self._start(link, wanted))
 
     def reset(self) -> None:
         """Stop the rings.  The backend touches guest memory no more, or it is lost."""
@@ -198,47 +120,16 @@ class Frontend:
     def set_call(self, index: int, fd: int | None) -> None:
         """Send the interrupts of a running queue elsewhere.  Raises ProtocolError."""
         if any(queue.index == index for queue in self._running):
-            self._with_link(lambda link: _send_fd(link, "SET_VRING_CALL", index, fd))
+            self._with_link(lambda link: rings.send_fd(link.client, "SET_VRING_CALL", index, fd))
 
-    def _start(self, link: Link, features: int, queues: tuple[QueueSetup, ...]) -> None:
-        if self._running:
-            self._stop(link)
-        call = link.client.call
-        protocol = (link.client.negotiation.virtio_offered or 0) & F_PROTOCOL_FEATURES
-        # without bit 30 a backend enables all rings by itself and refuses SET_VRING_ENABLE
-        call("SET_FEATURES", U64(features & self.features | protocol))
-        call("SET_MEM_TABLE", self._memory.payload, self._memory.fds)
-        for queue in queues:  # all sizes first: SPDK wants to know how many queues there are
-            call("SET_VRING_NUM", VringState(queue.index, queue.size))
-        self._running = queues
-        for queue in queues:
-            self._start_ring(link, queue)
-        if protocol:
-            for queue in queues:
-                call("SET_VRING_ENABLE", VringState(queue.index, 1))
-        link.client.barrier()
-
-    def _start_ring(self, link: Link, queue: QueueSetup) -> None:
-        address = self._memory.user_address
-        parts = VringAddr(queue.index, 0, address(queue.desc), address(queue.used), address(queue.avail), 0)
-        link.client.call("SET_VRING_BASE", VringState(queue.index, 0))
-        link.client.call("SET_VRING_ADDR", parts)
-        # GET_VRING_BASE made the backend forget both descriptors, so they are sent at each start;
-        # the kick is last because it starts the ring
-        _send_fd(link, "SET_VRING_CALL", queue.index, queue.call)
-        _send_fd(link, "SET_VRING_KICK", queue.index, queue.kick)
+    def _start(self, link: Link, wanted: Wanted) -> None:
+        self._stop(link)
+        self._running = wanted.queues
+        rings.start(link.client, self._memory, wanted, [0] * len(wanted.queues))
 
     def _stop(self, link: Link) -> None:
         queues, self._running = self._running, ()
-        if link.client.negotiation.virtio_acked & F_PROTOCOL_FEATURES:
-            for queue in queues:
-                link.client.call("SET_VRING_ENABLE", VringState(queue.index, 0))
-        for queue in queues:
-            base = link.client.ask("GET_VRING_BASE", VringState(queue.index, 0), VringState)
-            if base.index != queue.index:
-                raise RemoteProtocolError(
-                    f"GET_VRING_BASE of ring {queue.index} was answered for ring {base.index}"
-                )
+        rings.stop(link.client, queues)
 
     # -- configuration space -----------------------------------------------------------
     def read_config(self, offset: int, length: int) -> bytes:
@@ -341,10 +232,6 @@ class Frontend:
             if link is not None:
                 link.unwatch(self._loop)
                 link.close()
-
-
-def _send_fd(link: Link, name: str, index: int, fd: int | None) -> None:
-    link.client.call(name, VringFile(index, fd is not None), () if fd is None else (fd,))
 
 
 def _nothing(*_: object) -> None:

@@ -1,0 +1,128 @@
+"""What a device needs of a backend, agreed upon when a connection opens and at each one after it.
+
+It owns the choice of features, the number of queues and where the configuration space comes
+from; what does not fit is refused here in words for the user.  It keeps nothing of a
+connection, and must not know how the device is started or what a driver has done.
+"""
+
+from __future__ import annotations
+
+from .. import log
+from ..errors import ConfigError
+from ..record import Record
+from .config_space import BackendConfig, LocalConfig
+from .messages import ProtocolFeature
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Protocol
+
+    from .link import Link
+    from .notices import Handler
+
+    class Kind(Protocol):
+        """What the frontend must know of a device kind; `pyvmm.virtio.kinds` has them."""
+
+        @property
+        def device_id(self) -> int: ...
+        @property
+        def name(self) -> str: ...
+        @property
+        def min_queues(self) -> int: ...
+        @property
+        def config_size(self) -> int: ...
+        @property
+        def write_policy(self) -> str: ...
+
+
+def _bits(*numbers: int) -> int:
+    return sum(1 << number for number in numbers)
+
+
+# Feature bits that may reach the guest: the device's own, and of the transport's those that need
+# nothing from us: INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER, ORDER_PLATFORM, NOTIFICATION_DATA.
+# Not among them: LOG_ALL (26) and PROTOCOL_FEATURES (30), which are vhost's; ACCESS_PLATFORM (33),
+# RING_PACKED (34) and RING_RESET (40), which want more of a frontend than there is.
+GUEST_FEATURES = _bits(*range(24), 28, 29, 32, 35, 36, 38, *range(50, 64))
+VERSION_1 = 1 << 32
+
+BASIC = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK
+WITH_CONFIG = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+
+MAX_QUEUES = 256  # the index of SET_VRING_KICK has 8 bits
+MAX_QUEUE_SIZE = 32768
+
+
+class Agreed(Record):
+    """What came out: feature bits for the guest, and the configuration space."""
+
+    features: int
+    config: LocalConfig
+
+
+class Opening:
+    """What one device needs; `open` asks a backend for it.
+
+    `config` is a configuration space to use instead of the backend's.  Raises ConfigError for queues
+    that no device of this kind can have; `force` allows fewer than its drivers can do with.
+    """
+
+    def __init__(
+        self, name: str, kind: Kind, queue_sizes: Sequence[int], config: bytes | None, force: bool
+    ) -> None:
+        self.name = name
+        self._kind = kind
+        self._queues = len(queue_sizes)
+        self._override = config
+        self._check_queues(queue_sizes, force)
+
+    def _check_queues(self, sizes: Sequence[int], force: bool) -> None:
+        count, least = len(sizes), self._kind.min_queues
+        if not 1 <= count <= MAX_QUEUES:
+            raise ConfigError(f"{self.name}: {count} queues; a device has 1 to {MAX_QUEUES}")
+        if count < least and not force:
+            raise ConfigError(
+                f"{self.name}: {count} queues, but {self._kind.name} drivers need {least}; "
+                f"give {least} queue sizes, or --force if you know the driver"
+            )
+        for size in sizes:
+            if not 1 <= size <= MAX_QUEUE_SIZE or size & (size - 1):
+                raise ConfigError(
+                    f"{self.name}: queue size {size}; it must be a power of two up to {MAX_QUEUE_SIZE}"
+                )
+
+    def open(self, link: Link, handlers: Mapping[str, Handler]) -> Agreed:
+        """Negotiate.  Raises ProtocolError, and ConfigError for a backend that does not fit."""
+        link.open(self._choose, handlers)
+        offered = link.client.negotiation.virtio_offered or 0
+        if not offered & VERSION_1:
+            log.warn(f"{self.name}: the backend lacks VIRTIO_F_VERSION_1, which drivers insist on")
+        limit = link.client.queue_limit()
+        if limit is not None and self._queues > limit:
+            raise ConfigError(
+                f"{self.name}: {self._queues} queues, but the backend has {limit}; "
+                f"give at most {limit} queue sizes"
+            )
+        return Agreed(offered & GUEST_FEATURES, self._find_config(link))
+
+    def _choose(self, offered: int) -> int:
+        """Ack what will be used, no more: a backend may rely on what is acked."""
+        wanted = BASIC
+        if self._override is None and self._kind.config_size:
+            wanted |= WITH_CONFIG
+        if not offered & wanted & ProtocolFeature.CONFIG:
+            wanted &= ~ProtocolFeature.BACKEND_REQ  # all it could say is that CONFIG changed
+        return offered & wanted
+
+    def _find_config(self, link: Link) -> LocalConfig:
+        size = self._kind.config_size
+        if self._override is not None:
+            return LocalConfig(self._override)
+        if link.client.negotiation.has(ProtocolFeature.CONFIG):
+            return BackendConfig(link.client, size, self._kind.write_policy)
+        if size:
+            log.warn(
+                f"{self.name}: the backend has no configuration space, the guest reads zeros; see config="
+            )
+        return LocalConfig(bytes(size))
