@@ -54,6 +54,18 @@ cdef extern from *:
     void ring_store32(char *p, uint32_t v) nogil
     void ring_fence() nogil
 
+cdef extern from "inflight.h" nogil:
+    int INFLIGHT_VERSION
+    struct inflight_area:
+        uint16_t version
+    uint64_t inflight_room(uint64_t bytes)
+    void inflight_taken(inflight_area *area, uint16_t head, uint64_t counter)
+    void inflight_untaken(inflight_area *area, uint16_t head)
+    void inflight_using(inflight_area *area, uint16_t head)
+    void inflight_used(inflight_area *area, uint16_t head, uint16_t used_idx)
+    void inflight_settle(inflight_area *area, uint32_t size, uint16_t used_idx)
+    int64_t inflight_list(inflight_area *area, uint32_t size, uint16_t *heads, uint64_t *next_counter)
+
 cdef extern from "<poll.h>" nogil:
     cdef struct pollfd:
         int fd
@@ -451,6 +463,10 @@ cdef class VRing:
     `base` is the available index to start from.  The used index goes on from what the
     ring holds.  A ring that is misaligned or not inside one mapped region, or whose size
     is not a power of two up to 32768, raises ValueError.  Use it from one thread at a time.
+
+    `inflight` is writable memory in which the chains in hand are marked.  If a predecessor has
+    used it, the chains that it held come again, before new ones, and the marks decide
+    where the available index goes on; `base` then does not count, and `resumed` is true.
     """
 
     cdef GuestMemory memory
@@ -465,10 +481,18 @@ cdef class VRing:
     cdef readonly uint16_t next_avail
     cdef readonly uint16_t next_used
     cdef uint16_t signalled
+    cdef readonly bint resumed
+    cdef object inflight_view       # keeps `area` mapped
+    cdef inflight_area *area        # NULL: chains are not tracked
+    cdef uint64_t counter
+    cdef uint16_t *again            # chains of a predecessor: `again_count`, `again_at` of them taken
+    cdef uint32_t again_count
+    cdef uint32_t again_at
+    cdef uint64_t fresh             # chains taken from the available ring
 
     def __init__(
         self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
-        uint16_t base=0, bint event_idx=False, bint indirect=False
+        uint16_t base=0, bint event_idx=False, bint indirect=False, inflight=None
     ):
         if not 0 < size <= MAX_SIZE or size & (size - 1):
             raise ValueError(f"queue size {size} is not a power of two up to {MAX_SIZE}")
@@ -479,7 +503,39 @@ cdef class VRing:
         self._map(memory, desc, avail, used)
         self.next_avail = base
         self.next_used = self.signalled = ring_load16(self.used + 2)
+        if inflight is not None:
+            self._track(inflight)
         self.running = True
+
+    def __dealloc__(self):
+        free(self.again)
+
+    cdef int _track(self, inflight) except -1:
+        """Mark chains in `inflight` from now on, and take over those of a predecessor."""
+        cdef Py_buffer buffer
+        cdef int64_t count
+        view = memoryview(inflight)
+        PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        self.area = <inflight_area *> buffer.buf
+        room = inflight_room(buffer.len)
+        aligned = not <uint64_t> buffer.buf % 8
+        PyBuffer_Release(&buffer)       # `view` still holds the memory
+        if room < self.size or not aligned:
+            raise ValueError(f"in-flight area of {room} entries for a queue of {self.size}")
+        self.inflight_view = view
+        if self.area.version != INFLIGHT_VERSION:
+            inflight_settle(self.area, 0, self.next_used)
+            self.area.version = <uint16_t> INFLIGHT_VERSION
+            return 0
+        self.again = <uint16_t *> calloc(self.size, sizeof(uint16_t))
+        inflight_settle(self.area, self.size, self.next_used)
+        count = -1 if self.again == NULL else inflight_list(self.area, self.size, self.again, &self.counter)
+        if count < 0:
+            raise MemoryError()
+        self.again_count = <uint32_t> count
+        self.next_avail = <uint16_t> (self.next_used + count)
+        self.resumed = True
+        return 0
 
     def move(self, GuestMemory memory not None, uint64_t desc, uint64_t avail, uint64_t used):
         """Go on in other memory at the same indices: the frontend changed its regions."""
@@ -511,7 +567,8 @@ cdef class VRing:
 
     def pending(self):
         """How many chains the driver has made available and nobody has popped."""
-        return <uint16_t> (ring_load16_acquire(self.avail + 2) - self.next_avail)
+        fresh = <uint16_t> (ring_load16_acquire(self.avail + 2) - self.next_avail)
+        return fresh + self.again_count - self.again_at
 
     def pop(self):
         """Return the next available `Chain`, or None.  Raises RingError on a broken ring."""
@@ -519,7 +576,7 @@ cdef class VRing:
         cdef Verdict verdict
         if not self.running:
             return None
-        if ring_load16_acquire(self.avail + 2) == self.next_avail:
+        if not self.available():
             return None
         chain = Chain.__new__(Chain)
         verdict = self.take(&chain.parts, &chain.head)
@@ -532,7 +589,14 @@ cdef class VRing:
 
     def rewind(self, uint16_t count):
         """Un-pop the last `count` chains; the caller drops them and has pushed none."""
-        self.next_avail = <uint16_t> (self.next_avail - count)
+        while count and self.fresh:
+            count -= 1
+            self.fresh -= 1
+            self.next_avail -= 1
+            head = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
+            if self.area != NULL and head < self.size:
+                inflight_untaken(self.area, head)
+        self.again_at -= min(<uint32_t> count, self.again_at)
 
     def disable_kicks(self):
         """Tell the driver that kicks are not needed for now; a hint."""
@@ -577,7 +641,7 @@ cdef class VRing:
         cdef uint16_t head
         cdef uint64_t one = 1
         cdef uint32_t turns = self.size
-        while turns and ring_load16_acquire(self.avail + 2) != self.next_avail:
+        while turns and self.available():
             segments_clear(parts)
             verdict = self.take(parts, &head)
             if verdict != FINE:
@@ -596,18 +660,31 @@ cdef class VRing:
         else:
             ring_store16(self.used, 0)
         ring_fence()
-        return ring_load16_acquire(self.avail + 2) != self.next_avail
+        return self.available()
+
+    cdef bint available(self) noexcept nogil:
+        """Whether there is a chain to `take`."""
+        return self.again_at < self.again_count or ring_load16_acquire(self.avail + 2) != self.next_avail
 
     cdef Verdict take(self, Segments *out, uint16_t *head) noexcept nogil:
-        """Collect the chain at `next_avail`, which the caller has seen to be available."""
+        """Collect the next chain, which the caller has seen to be available, and mark it as in hand."""
         cdef Verdict verdict
-        cdef uint16_t available = ring_load16_acquire(self.avail + 2) - self.next_avail
+        cdef uint16_t available
+        if self.again_at < self.again_count:
+            head[0] = self.again[self.again_at]
+            self.again_at += 1
+            return self.follow(out, head[0])
+        available = ring_load16_acquire(self.avail + 2) - self.next_avail
         if available > self.size:
             return BAD_AVAIL
         head[0] = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
         verdict = self.follow(out, head[0])
         if verdict == FINE:
+            if self.area != NULL:
+                inflight_taken(self.area, head[0], self.counter)
+                self.counter += 1
             self.next_avail += 1
+            self.fresh += 1
         return verdict
 
     cdef Verdict follow(self, Segments *out, uint32_t index) noexcept nogil:
@@ -658,7 +735,11 @@ cdef class VRing:
         ring_store32(slot, head)
         ring_store32(slot + 4, <uint32_t> length)
         self.next_used += 1
+        if self.area != NULL:
+            inflight_using(self.area, head)
         ring_store16_release(self.used + 2, self.next_used)
+        if self.area != NULL:
+            inflight_used(self.area, head, self.next_used)
 
     cdef bint wants_call(self) noexcept nogil:
         cdef uint16_t before = self.signalled, event

@@ -1,13 +1,12 @@
 """One vhost-user connection, seen from the backend: messages in, device calls out.
 
-It owns the negotiated state, the guest's memory and the queues of one frontend.  Every
+It owns the dialogue with one frontend and what was negotiated.  Every
 request that we serve is a method named like its row in `FRONTEND_REQUESTS`; rows decide the
 payload, the reply, the ack and what must have been negotiated.  It must not know what the
-device does, nor where the connection came from (`server`).
+device does, how queues run (`running`), nor where the connection came from (`server`).
 
 What the frontend cannot have done right ends the connection (`RemoteProtocolError`).
-What a guest may have caused, such as ring addresses outside its memory, is refused:
-a non-zero ack, and the connection lives.
+What a guest may have caused is `Refused`: a non-zero ack, and the connection lives.
 """
 
 from __future__ import annotations
@@ -27,21 +26,20 @@ from ..vhost_user.messages import (
 )
 from ..vhost_user.payloads import U64, Config, Empty, VringState
 from ..vhost_user.session import Negotiation, Responder
-from .loop import can_poll
-from .memory import MAX_SLOTS, MemoryTable
+from .inflight import create
+from .memory import MAX_SLOTS
 from .queue import Queue, close_fd
+from .running import F_EVENT_IDX, F_INDIRECT_DESC, Refused, RunningQueues
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..vhost_user.codec import Message
-    from ..vhost_user.payloads import MemTable, Payload, SingleRegion, VringAddr, VringFile
+    from ..vhost_user.payloads import Inflight, MemTable, Payload, SingleRegion, VringAddr, VringFile
     from .device import Device
     from .loop import DeviceLoop
 
-F_INDIRECT_DESC = 1 << 28
-F_EVENT_IDX = 1 << 29
 F_VERSION_1 = 1 << 32
 TRANSPORT_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1
 PROTOCOL_FEATURES = (
@@ -51,13 +49,9 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIG
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.INFLIGHT_SHMFD
 )
 MESSAGES_A_TURN = 64  # a flood of messages must not keep the queues from their turn
-POLL_SECONDS = 0.001  # a queue without a kick descriptor is looked at so often
-
-
-class Refused(Exception):
-    """The request was understood and cannot be done; the connection goes on."""
 
 
 class Connection:
@@ -66,15 +60,14 @@ class Connection:
     def __init__(self, device: Device, sock: socket, loop: DeviceLoop, on_end: Callable[[str], None]) -> None:
         self.device = device
         self.loop = loop
-        self.queues = tuple(Queue(index, size) for index, size in enumerate(device.queue_sizes))
-        lacking = 0 if len(device.config) else ProtocolFeature.CONFIG
-        self.agreed = Negotiation(device.features | TRANSPORT_FEATURES, PROTOCOL_FEATURES & ~lacking)
+        self.agreed = Negotiation(device.features | TRANSPORT_FEATURES, protocol_features(device))
+        self._running = RunningQueues(device, loop, lambda: self.agreed.virtio_acked)
+        self.queues = self._running.queues
         self._on_end = on_end
         self._channel = Channel(sock)
-        self._memory = MemoryTable()
         self._responder = Responder(FRONTEND_REQUESTS, self.agreed, os.close)
+        self._reply_fds: list[int] = []  # what goes with the answer to the request in hand
         self._backend_channel: Channel | None = None
-        self._polled: set[Queue] = set()
         self.closed = False
         device.connection = self
         loop.add_reader(self._channel.fileno(), self._on_readable)
@@ -85,15 +78,13 @@ class Connection:
         if self.closed:
             return
         self.closed = True
-        self._stop_all()
+        self._running.stop_all()
         self.device.on_disconnect()
         self.device.connection = None
         self.loop.remove_reader(self._channel.fileno())
         self._channel.close()
         self._responder.decoder.close()
-        for queue in self.queues:
-            queue.forget()
-        self._memory.clear()
+        self._running.close()
         if self._backend_channel is not None:
             self._backend_channel.close()
 
@@ -129,9 +120,12 @@ class Connection:
             handler = HANDLERS.get(message.request.id)
             if handler is None:
                 raise RemoteProtocolError(f"{message.request.name} is not served")
-            self._channel.send(self._outcome(handler, message))
+            data = self._outcome(handler, message)
+            self._channel.send(data, self._reply_fds)
         finally:
             message.close()
+            while self._reply_fds:
+                os.close(self._reply_fds.pop())
 
     def _outcome(self, handler: Callable[..., Payload | None], message: Message) -> bytes:
         """Do what the message asks for; the answer's bytes, if one is due."""
@@ -140,7 +134,9 @@ class Connection:
         except Refused as refusal:
             log.once(message.request.name, f"{message.request.name} refused: {refusal}")
             return self._responder.ack(1)
-        return self._responder.ack() if reply is None else self._responder.reply(reply)
+        if reply is None:
+            return self._responder.ack()
+        return self._responder.reply(reply, len(self._reply_fds))
 
     def _queue(self, index: int) -> Queue:
         if index >= len(self.queues):
@@ -161,10 +157,10 @@ class Connection:
 
     def reset_owner(self, payload: Empty, message: Message) -> None:
         """Deprecated; QEMU's documents let it stop all rings."""
-        self._stop_all()
+        self._running.stop_all()
 
     def reset_device(self, payload: Empty, message: Message) -> None:
-        self._stop_all()
+        self._running.stop_all()
         self.device.driver_features = self.agreed.virtio_acked = 0
         self.device.on_reset()
 
@@ -185,16 +181,16 @@ class Connection:
     # -- memory
 
     def set_mem_table(self, payload: MemTable, message: Message) -> None:
-        self._memory.replace(payload.regions, message.take_fds())
-        self._move_all()
+        self._running.memory.replace(payload.regions, message.take_fds())
+        self._running.moved()
 
     def add_mem_reg(self, payload: SingleRegion, message: Message) -> None:
-        self._memory.add(payload, message.take_fds()[0])
-        self._move_all()
+        self._running.memory.add(payload, message.take_fds()[0])
+        self._running.moved()
 
     def rem_mem_reg(self, payload: SingleRegion, message: Message) -> None:
-        self._memory.remove(payload)
-        self._move_all()
+        self._running.memory.remove(payload)
+        self._running.moved()
 
     def get_max_mem_slots(self, payload: Empty, message: Message) -> Payload:
         return U64(MAX_SLOTS)
@@ -221,31 +217,25 @@ class Connection:
 
     def set_vring_addr(self, payload: VringAddr, message: Message) -> None:
         queue = self._queue(payload.index)
-        queue.addresses = (payload.desc, payload.avail, payload.used)
-        if queue.ring is not None:
-            self._move(queue)
+        self._running.set_addresses(queue, payload.desc, payload.avail, payload.used)
 
     def set_vring_base(self, payload: VringState, message: Message) -> None:
         self._queue(payload.index).base = payload.num & 0xFFFF
 
     def get_vring_base(self, payload: VringState, message: Message) -> Payload:
         queue = self._queue(payload.index)
-        return VringState(queue.index, self._stop(queue))
+        return VringState(queue.index, self._running.stop(queue))
 
     def set_vring_kick(self, payload: VringFile, message: Message) -> None:
         queue = self._queue(payload.index)
-        self._unwatch(queue)
-        queue.set_kick(taken_fd(message))
-        if queue.kick_fd >= 0 and not can_poll(queue.kick_fd):
-            raise RemoteProtocolError(f"the kick descriptor of virtqueue {queue.index} is no eventfd")
-        queue.kicked = True
         if not self.agreed.virtio_acked & F_PROTOCOL_FEATURES:
             queue.enabled = True  # without the feature there is no SET_VRING_ENABLE to wait for
-        self._start(queue)
+        if not self._running.set_kick(queue, taken_fd(message)):
+            raise RemoteProtocolError(f"the kick descriptor of virtqueue {queue.index} is no eventfd")
 
     def set_vring_call(self, payload: VringFile, message: Message) -> None:
         queue = self._queue(payload.index)
-        self._change(queue, lambda: queue.set_call(taken_fd(message)))
+        self._running.change(queue, lambda: queue.set_call(taken_fd(message)))
 
     def set_vring_err(self, payload: VringFile, message: Message) -> None:
         self._queue(payload.index).set_error(taken_fd(message))
@@ -253,109 +243,23 @@ class Connection:
     def set_vring_enable(self, payload: VringState, message: Message) -> None:
         queue = self._queue(payload.index)
         queue.enabled = bool(payload.num)
-        self._start(queue)
+        self._running.start(queue)
 
-    # -- running queues ----------------------------------------------------------------------
+    def get_inflight_fd(self, payload: Inflight, message: Message) -> Payload:
+        description, fd = create(payload.num_queues, payload.queue_size)
+        self._reply_fds.append(fd)
+        return description
 
-    def _start(self, queue: Queue) -> None:
-        """Run `queue` if it may run now: kick set and enabled."""
-        if not (queue.kicked and queue.enabled):
-            return
-        if queue.ring is None:
-            try:
-                queue.start(
-                    self._memory.memory,
-                    event_idx=bool(self.agreed.virtio_acked & F_EVENT_IDX),
-                    indirect=bool(self.agreed.virtio_acked & F_INDIRECT_DESC),
-                )
-            except ValueError as error:
-                raise Refused(f"virtqueue {queue.index}: {error}") from None
-            self.device.on_start(queue)
-        if self.device.threaded:
-            return
-        self._watch(queue)
-        self._serve(queue)  # what came before the kick descriptor did
-
-    def _stop(self, queue: Queue) -> int:
-        if queue.ring is not None and queue.ring.running:
-            queue.ending = True
-            self.device.on_stop(queue)
-            queue.ending = False
-            queue.notify()
-        self._unwatch(queue)
-        return queue.stop()
-
-    def _stop_all(self) -> None:
-        for queue in self.queues:
-            self._stop(queue)
-
-    def _move_all(self) -> None:
-        for queue in self.queues:
-            if queue.ring is not None:
-                self._move(queue)
-
-    def _move(self, queue: Queue) -> None:
-        """Find a running ring again after its address or the memory changed."""
-        ring, addresses = queue.ring, queue.addresses
-        assert ring is not None and addresses is not None
-        try:
-            self._change(queue, lambda: ring.move(self._memory.memory, *addresses))
-        except ValueError as error:
-            ring.stop()
-            raise Refused(f"virtqueue {queue.index}: {error}") from None
-
-    def _change(self, queue: Queue, change: Callable[[], None]) -> None:
-        """Do `change` to a queue; a thread of the device's must not be in there meanwhile."""
-        pause = self.device.threaded and queue.ring is not None
-        if pause:
-            self.device.on_stop(queue)
-        change()
-        if pause:
-            self.device.on_start(queue)
-
-    def _watch(self, queue: Queue) -> None:
-        if queue.kick_fd < 0:
-            if queue not in self._polled:
-                self._polled.add(queue)
-                self.loop.call_later(POLL_SECONDS, lambda: self._poll(queue))
-            return
-        self.loop.add_reader(queue.kick_fd, lambda: self._on_kick(queue))
-
-    def _unwatch(self, queue: Queue) -> None:
-        if queue.kick_fd >= 0:
-            self.loop.remove_reader(queue.kick_fd)
-
-    def _poll(self, queue: Queue) -> None:
-        if queue.running and queue.kick_fd < 0:
-            self._serve(queue)
-            self.loop.call_later(POLL_SECONDS, lambda: self._poll(queue))
-        else:
-            self._polled.discard(queue)
-
-    def _on_kick(self, queue: Queue) -> None:
-        if drain_eventfd(queue.kick_fd):
-            self._serve(queue)
-        else:
-            self._unwatch(queue)
-            log.warn(f"virtqueue {queue.index} stopped: its kick descriptor is not an eventfd")
-
-    def _serve(self, queue: Queue) -> None:
-        if not queue.running:
-            return
-        queue.again = False
-        self.device.on_queue(queue)
-        if queue.again:
-            self.loop.call_later(0, lambda: self._serve(queue))
+    def set_inflight_fd(self, payload: Inflight, message: Message) -> None:
+        self._running.track(payload, message.fds[0])
 
 
-def drain_eventfd(fd: int) -> bool:
-    """Reset an eventfd of the frontend's; false when it cannot be one."""
-    try:
-        return len(os.read(fd, 8)) == 8
-    except BlockingIOError:
-        return True  # somebody else was faster
-    except OSError:
-        return False
+def protocol_features(device: Device) -> int:
+    """The protocol features that make sense for `device`."""
+    lacking = 0 if len(device.config) else ProtocolFeature.CONFIG
+    if not device.inflight:
+        lacking |= ProtocolFeature.INFLIGHT_SHMFD
+    return PROTOCOL_FEATURES & ~lacking
 
 
 def taken_fd(message: Message) -> int:

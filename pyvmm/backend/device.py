@@ -22,6 +22,11 @@ class Device:
     kind defines there (0-23 and 50-63; the transport's bits are added by themselves),
     `queue_sizes` the largest size of each virtqueue, `config` the configuration space.
 
+    While `inflight` is true, chains in hand are noted where they outlive the process, if the
+    frontend agrees: whoever serves the device next gets them again, before new ones and in
+    their order.  That is at least once, not exactly once: a device whose work must not be done
+    twice says False, and then what it held when it was killed is lost to the driver.
+
     All methods are called in the serving thread.  An exception from one is taken for a bug in
     the device and ends the serving.
     """
@@ -29,6 +34,7 @@ class Device:
     device_id = 0
     features = 0
     queue_sizes: tuple[int, ...] = (256,)
+    inflight = True
     threaded = False  # True: `on_start` runs its own thread, which alone touches ring and kick
 
     def __init__(self) -> None:

@@ -25,19 +25,23 @@ MAX_SLOTS = 509  # what rust-vmm's backends answer; KVM has about as many
 
 
 def map_region(region: Region, fd: int) -> memoryview:
-    """Map one region of the file `fd`; the view keeps the mapping alive.
+    """Map one region of the file `fd`; the view keeps the mapping alive."""
+    what = f"memory region {region.guest_address:#x}+{region.size:#x}"
+    return map_file(fd, region.mmap_offset, region.size, what)
 
-    RemoteProtocolError when the file is shorter than the region: touching it would kill us.
+
+def map_file(fd: int, offset: int, size: int, what: str) -> memoryview:
+    """Map a part of a file that the frontend sent; the view keeps the mapping alive.
+
+    RemoteProtocolError when the file is shorter: touching it would kill us.
     """
-    if not region.size:  # to mmap, 0 would mean the whole file
-        raise RemoteProtocolError(f"memory region at {region.guest_address:#x} is empty")
-    slack = region.mmap_offset % mmap.ALLOCATIONGRANULARITY
+    if not size:  # to mmap, 0 would mean the whole file
+        raise RemoteProtocolError(f"{what} is empty")
+    slack = offset % mmap.ALLOCATIONGRANULARITY
     try:
-        mapping = mmap.mmap(fd, region.size + slack, mmap.MAP_SHARED, offset=region.mmap_offset - slack)
+        mapping = mmap.mmap(fd, size + slack, mmap.MAP_SHARED, offset=offset - slack)
     except (OSError, ValueError, OverflowError) as error:
-        raise RemoteProtocolError(
-            f"memory region {region.guest_address:#x}+{region.size:#x} cannot be mapped: {error}"
-        ) from None
+        raise RemoteProtocolError(f"{what} cannot be mapped: {error}") from None
     return memoryview(mapping)[slack:]
 
 

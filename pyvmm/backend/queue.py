@@ -38,6 +38,7 @@ class Queue:
         self.size = self.max_size
         self.base = 0
         self.addresses: tuple[int, int, int] | None = None
+        self.inflight: memoryview | None = None  # where chains in hand are noted
         self.ring: VRing | None = None
         self.enabled = False
         self.ending = False  # within `Device.on_stop`, where the rest can be taken though disabled
@@ -94,10 +95,13 @@ class Queue:
         Loops over the queue do this by themselves; call it after pushing a kept chain.
         """
         if self.ring is not None and self.ring.should_call():
-            if self.call_fd < 0:
-                self._missed_call = True
-            else:
-                signal_eventfd(self.call_fd)
+            self._call()
+
+    def _call(self) -> None:
+        if self.call_fd < 0:
+            self._missed_call = True
+        else:
+            signal_eventfd(self.call_fd)
 
     @property
     def running(self) -> bool:
@@ -123,8 +127,16 @@ class Queue:
         if self.addresses is None:
             raise ValueError("its addresses were never set")
         self.ring = VRing(
-            memory, self.size, *self.addresses, base=self.base, event_idx=event_idx, indirect=indirect
+            memory,
+            self.size,
+            *self.addresses,
+            base=self.base,
+            event_idx=event_idx,
+            indirect=indirect,
+            inflight=self.inflight,
         )
+        if self.ring.resumed:
+            self._call()  # a predecessor may have been killed between the used index and its call
 
     def stop(self) -> int:
         """End the ring and forget its eventfds; return the available index to go on from."""

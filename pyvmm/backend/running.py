@@ -1,0 +1,179 @@
+"""The virtqueues of one connection while they run: started, served, moved and stopped.
+
+It owns the queues, the guest's memory, the in-flight area, and when `Device.on_queue` is
+called.  It must not know the messages that set a queue up (`connection`).
+
+What a guest may have caused, such as ring addresses outside its memory, is `Refused`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .. import log
+from .inflight import map_areas
+from .loop import can_poll
+from .memory import MemoryTable
+from .queue import Queue
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..vhost_user.payloads import Inflight
+    from .device import Device
+    from .loop import DeviceLoop
+
+F_INDIRECT_DESC = 1 << 28
+F_EVENT_IDX = 1 << 29
+POLL_SECONDS = 0.001  # a queue without a kick descriptor is looked at so often
+
+
+class Refused(Exception):
+    """The request was understood and cannot be done; the connection goes on."""
+
+
+class RunningQueues:
+    """The queues of `device`, in `loop`; `features` gives the virtio features acked so far."""
+
+    def __init__(self, device: Device, loop: DeviceLoop, features: Callable[[], int]) -> None:
+        self.queues = tuple(Queue(index, size) for index, size in enumerate(device.queue_sizes))
+        self.memory = MemoryTable()
+        self._device = device
+        self._loop = loop
+        self._features = features
+        self._polled: set[Queue] = set()
+
+    def close(self) -> None:
+        """Forget everything; the queues were stopped before."""
+        for queue in self.queues:
+            queue.forget()
+        self.memory.clear()
+
+    # -- setting up ------------------------------------------------------------------------
+
+    def track(self, description: Inflight, fd: int) -> None:
+        """Mark the chains in hand in this file from each queue's next start on."""
+        for queue, area in zip(self.queues, map_areas(description, fd), strict=False):
+            queue.inflight = area
+
+    def set_kick(self, queue: Queue, fd: int) -> bool:
+        """Take the kick descriptor (-1: none) and run the queue if it may; false when it is no eventfd."""
+        self._unwatch(queue)
+        queue.set_kick(fd)
+        if fd >= 0 and not can_poll(fd):
+            return False
+        queue.kicked = True
+        self.start(queue)
+        return True
+
+    def set_addresses(self, queue: Queue, desc: int, avail: int, used: int) -> None:
+        """Take the ring's user addresses; one that runs goes on there."""
+        queue.addresses = (desc, avail, used)
+        if queue.ring is not None:
+            self._move(queue)
+
+    def change(self, queue: Queue, change: Callable[[], None]) -> None:
+        """Do `change` to a queue; a thread of the device's must not be in there meanwhile."""
+        pause = self._device.threaded and queue.ring is not None
+        if pause:
+            self._device.on_stop(queue)
+        change()
+        if pause:
+            self._device.on_start(queue)
+
+    def moved(self) -> None:
+        """The memory table changed: find each running ring again."""
+        for queue in self.queues:
+            if queue.ring is not None:
+                self._move(queue)
+
+    def _move(self, queue: Queue) -> None:
+        ring, addresses = queue.ring, queue.addresses
+        assert ring is not None and addresses is not None
+        try:
+            self.change(queue, lambda: ring.move(self.memory.memory, *addresses))
+        except ValueError as error:
+            ring.stop()
+            raise Refused(f"virtqueue {queue.index}: {error}") from None
+
+    # -- running -----------------------------------------------------------------------------
+
+    def start(self, queue: Queue) -> None:
+        """Run `queue` if it may run now: kick set and enabled."""
+        if not (queue.kicked and queue.enabled):
+            return
+        if queue.ring is None:
+            features = self._features()
+            try:
+                queue.start(
+                    self.memory.memory,
+                    event_idx=bool(features & F_EVENT_IDX),
+                    indirect=bool(features & F_INDIRECT_DESC),
+                )
+            except ValueError as error:
+                raise Refused(f"virtqueue {queue.index}: {error}") from None
+            self._device.on_start(queue)
+        if self._device.threaded:
+            return
+        self._watch(queue)
+        self._serve(queue)  # what came before the kick descriptor did
+
+    def stop(self, queue: Queue) -> int:
+        """End `queue`; the base from which it could go on."""
+        if queue.ring is not None and queue.ring.running:
+            queue.ending = True
+            self._device.on_stop(queue)
+            queue.ending = False
+            queue.notify()
+        self._unwatch(queue)
+        return queue.stop()
+
+    def stop_all(self) -> None:
+        """End every queue."""
+        for queue in self.queues:
+            self.stop(queue)
+
+    def _watch(self, queue: Queue) -> None:
+        if queue.kick_fd < 0:
+            if queue not in self._polled:
+                self._polled.add(queue)
+                self._loop.call_later(POLL_SECONDS, lambda: self._poll(queue))
+            return
+        self._loop.add_reader(queue.kick_fd, lambda: self._on_kick(queue))
+
+    def _unwatch(self, queue: Queue) -> None:
+        if queue.kick_fd >= 0:
+            self._loop.remove_reader(queue.kick_fd)
+
+    def _poll(self, queue: Queue) -> None:
+        if queue.running and queue.kick_fd < 0:
+            self._serve(queue)
+            self._loop.call_later(POLL_SECONDS, lambda: self._poll(queue))
+        else:
+            self._polled.discard(queue)
+
+    def _on_kick(self, queue: Queue) -> None:
+        if drain_eventfd(queue.kick_fd):
+            self._serve(queue)
+        else:
+            self._unwatch(queue)
+            log.warn(f"virtqueue {queue.index} stopped: its kick descriptor is not an eventfd")
+
+    def _serve(self, queue: Queue) -> None:
+        if not queue.running:
+            return
+        queue.again = False
+        self._device.on_queue(queue)
+        if queue.again:
+            self._loop.call_later(0, lambda: self._serve(queue))
+
+
+def drain_eventfd(fd: int) -> bool:
+    """Reset an eventfd of the frontend's; false when it cannot be one."""
+    try:
+        return len(os.read(fd, 8)) == 8
+    except BlockingIOError:
+        return True  # somebody else was faster
+    except OSError:
+        return False
