@@ -12,7 +12,8 @@ packages_run=(gcc libc6-dev python3-dev python3-venv qemu-system-x86 qemu-system
 packages_kernel=(bc bison flex libelf-dev libssl-dev linux-source-6.1 make)
 packages_test=(acpica-tools busybox-static e2fsprogs fio git kmod)
 pip_run=('meson>=1.3' ninja 'Cython>=3.1,<4' 'meson-python>=0.18' lz4 zstandard)
-pip_test=(numpy pytest pytest-timeout hypothesis mypy ruff cython-lint python-ptrace)
+pip_fuzz=(atheris)
+pip_test=(numpy pytest pytest-timeout hypothesis mypy ruff cython-lint python-ptrace "${pip_fuzz[@]}")
 
 # say TEXT: progress for a person; silent when nobody watches.
 say() {

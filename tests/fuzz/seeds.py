@@ -1,0 +1,145 @@
+"""Inputs to start from: for each part a plain, successful run, and a few that go wrong.
+
+A fuzzer finds its way from these faster than from nothing; the tests see from their ends that the
+parts do what they should, since a run that always fails early would find nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fuzz.parts import NAMES
+from fuzz.source import ACK, OWN, Writer
+
+from pyvmm.vhost_user.codec import encode_ack, encode_reply, encode_request
+from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, FRONTEND_REQUESTS, Request
+from pyvmm.vhost_user.messages import ProtocolFeature as P
+from pyvmm.vhost_user.payloads import U64, Config, Empty, Inflight, MemRegion, MemTable, Payload, VringState
+
+ROW = FRONTEND_REQUESTS.by_name
+VIRTIO = 1 << 32 | F_PROTOCOL_FEATURES
+PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ
+FS_CONFIG = 44  # bytes
+OPENING = (
+    encode_reply(ROW["GET_FEATURES"], U64(VIRTIO)),
+    encode_reply(ROW["GET_PROTOCOL_FEATURES"], U64(PROTOCOL)),
+    encode_ack(ROW["SET_BACKEND_REQ_FD"]),
+    encode_reply(ROW["GET_QUEUE_NUM"], U64(2)),
+    encode_reply(ROW["GET_CONFIG"], Config(0, 0, bytes(FS_CONFIG))),
+)
+STARTING = ["SET_FEATURES", "SET_MEM_TABLE", "SET_VRING_NUM"]
+STARTING += ["SET_VRING_BASE", "SET_VRING_ADDR", "SET_VRING_CALL", "SET_VRING_KICK", "SET_VRING_ENABLE"]
+STOPPING = ("SET_VRING_ENABLE",)
+
+
+def part(name: str) -> Writer:
+    return Writer().byte(NAMES.index(name))
+
+
+def codec(replies: bool, table: int, stream: bytes, pieces: Sequence[tuple[int, int]] = ()) -> bytes:
+    out = part("codec").byte(table | replies << 1, len(pieces))
+    for piece in pieces:
+        out.byte(*piece)
+    return out.data + stream
+
+
+def _region() -> MemRegion:
+    return MemRegion(0, 1 << 20, 1 << 45, 0)
+
+
+def codecs() -> list[bytes]:
+    table = encode_request(ROW["SET_MEM_TABLE"], MemTable((_region(), _region())), 2)
+    inflight = encode_reply(ROW["GET_INFLIGHT_FD"], Inflight(4096, 0, 1, 64), 1)
+    change = encode_request(BACKEND_REQUESTS.by_name["CONFIG_CHANGE_MSG"], Empty(), 0, True)
+    return [
+        codec(False, 0, table, [(len(table), 2)]),
+        codec(False, 0, encode_request(ROW["SET_OWNER"], Empty()) + table, [(12, 0), (20, 2)]),
+        codec(True, 0, inflight, [(5, 0), (40, 1)]),
+        codec(True, 0, b"".join(OPENING)),
+        codec(False, 1, change * 2),
+        codec(False, 0, encode_request(Request(77, "UNKNOWN"), Empty()), [(12, 3)]),
+        codec(True, 0, b"HTTP/1.1 200 OK\r\n"),
+    ]
+
+
+def sessions() -> list[bytes]:
+    def asks(out: Writer, name: str, said: bytes = b"", fds: int = 0) -> Writer:
+        out.byte(ROW[name].id)
+        out.data += said
+        return out.byte(fds)
+
+    hostile = part("session").byte(0).number(VIRTIO).number(PROTOCOL)
+    pair = part("session").byte(2).number(VIRTIO).number(PROTOCOL)
+    for out in (hostile, pair):
+        for name, value in (("GET_FEATURES", VIRTIO), ("GET_PROTOCOL_FEATURES", PROTOCOL)):
+            asks(out, name)
+            if out is hostile:
+                out.byte(OWN, 0)
+            out.byte(0).data += value.to_bytes(8, "little")
+            if out is pair:
+                out.byte(0)
+        asks(out, "SET_PROTOCOL_FEATURES", PROTOCOL.to_bytes(8, "little"))
+        if out is pair:
+            out.byte(0)
+        asks(out, "SET_VRING_NUM", VringState(0, 64).encode())
+        (out.byte(ACK, 0) if out is hostile else out).number(0)
+    asked = part("session").byte(1).number(VIRTIO).number(PROTOCOL)
+    asked.byte(1, 0, 8, 0, 0).data += VIRTIO.to_bytes(8, "little")
+    asked.byte(0)
+    return [hostile.data, pair.data, asked.data]
+
+
+def configs() -> list[bytes]:
+    def answer(out: Writer, said: bytes) -> Writer:
+        return out.byte(OWN, 0, 0).number(0).byte(0).block(said)
+
+    out = answer(part("config").byte(0).number(16), bytes(range(16)))
+    out.byte(2).number(4)  # a read of 4 bytes at 4
+    answer(out, bytes(range(16)))
+    out.byte(5).number(8).byte(1, 2)  # a write of 2 bytes at 8
+    shrink = part("config").byte(1).number(16).byte(OWN, 0, 1)
+    answer(shrink, bytes(12)).byte(2).number(0)
+    answer(shrink, bytes(12))
+    return [out.data, shrink.data, part("config").byte(2).number(8).block(b"tag").byte(2).number(0).data]
+
+
+def says(out: Writer, answers: Sequence[bytes]) -> Writer:
+    out.byte(len(answers))
+    for data in answers:
+        out.byte(0).block(data)
+    return out
+
+
+def frontends() -> list[bytes]:
+    def acks(names: Sequence[str], queues: int) -> list[bytes]:
+        per_ring = {name for name in names if "VRING" in name}
+        return [encode_ack(ROW[name]) for name in names for _ in range(queues if name in per_ring else 1)]
+
+    def rings(payloads: Sequence[Payload]) -> list[bytes]:
+        return [encode_reply(ROW["GET_VRING_BASE"], payload) for payload in payloads]
+
+    opened = says(part("frontend").byte(1), OPENING).data
+    change = encode_request(BACKEND_REQUESTS.by_name["CONFIG_CHANGE_MSG"], Empty(), 0, True)
+    start = says(Writer().byte(0x43), acks(STARTING, 1)).byte(0).data  # one queue, no requests of its own
+    stop = says(Writer().byte(2), acks(STOPPING, 1) + rings([VringState(0, 7)])).byte(0).data
+    read = says(Writer().byte(0), OPENING[-1:]).byte(1, 0).block(change).byte(0, 4).data
+    return [opened, opened + start + read + stop, opened + start + start[:40], opened + stop]
+
+
+def options() -> list[bytes]:
+    texts = ("boot=2,max=2", "size=512M,hugepages=on", 'socket="a,b",device_type=fs,queue_sizes=[64,128-130]')
+    texts += (
+        'path="a""b",num_queues=4',
+        "tag=x,dir=/tmp,cache=always",
+        "src=/dev/zero",
+        "pvh",
+        "file=x",
+        "0.5",
+    )
+    texts += ("vsock", '[tag="my,fs",num_request_queues=1]')
+    return [part("option").byte(i).data + text.encode() for i, text in enumerate(texts)]
+
+
+def seeds() -> list[bytes]:
+    """All of them."""
+    return [*codecs(), *sessions(), *configs(), *frontends(), *options()]

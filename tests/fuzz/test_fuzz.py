@@ -1,0 +1,89 @@
+"""The corpus is replayed, the fuzzer runs a while, and both notice a broken protocol stack."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes.program import environment
+from fuzz import parts, seeds
+
+from pyvmm.vhost_user import codec, config_space, session
+from pyvmm.vhost_user.payloads import U64
+
+FOLDER = Path(__file__).parent
+CORPUS = sorted((FOLDER / "corpus").iterdir())
+RUNS = 20_000  # about 15 seconds
+SEED = 1
+SMALL = 1000  # bytes of the whole corpus for each of at most this many files
+
+
+@pytest.mark.parametrize("name", parts.NAMES)
+def test_corpus(name: str) -> None:
+    played = [path for path in CORPUS if parts.NAMES[path.read_bytes()[0] % len(parts.NAMES)] == name]
+    assert len(played) > 5
+    for path in played:
+        parts.run(path.read_bytes())
+
+
+def test_the_corpus_is_small() -> None:
+    assert len(CORPUS) < SMALL and sum(path.stat().st_size for path in CORPUS) < SMALL * 300
+
+
+@pytest.mark.parametrize("data", seeds.seeds(), ids=lambda data: f"{parts.NAMES[data[0]]}-{len(data)}")
+def test_seeds_go_the_whole_way(data: bytes) -> None:
+    """Ends that are errors would mean that a part is not reached."""
+    end = parts.run(data)
+    assert end == "done" or parts.NAMES[data[0]] == "option"
+
+
+def _forgets(decoder: codec.Decoder) -> None:
+    decoder._fds = []
+
+
+def _agrees(*_: object) -> None:
+    """Finds nothing wrong."""
+
+
+def _trusts(space: config_space.BackendConfig, client: object) -> bool:
+    reply = client.call("GET_CONFIG", config_space.Config(0, 0, bytes(space.size)))  # type: ignore[attr-defined]
+    space._bytes[:] = getattr(reply, "data", b"")
+    space.size = len(space._bytes)
+    return True
+
+
+BROKEN = {
+    "descriptors are forgotten": (codec.Decoder, "close", _forgets),
+    "numbers of descriptors are not counted": (codec, "fd_problem", _agrees),
+    "nothing is gated": (session.Negotiation, "problem", _agrees),
+    "any size fits": (U64, "fits", classmethod(lambda cls, size: True)),
+    "any range is taken": (config_space.BackendConfig, "_fetch", _trusts),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_the_corpus_notices(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN[how])
+    with pytest.raises(Exception):  # noqa: B017  (a broken stack may fail in any way)
+        for path in CORPUS:
+            parts.run(path.read_bytes())
+
+
+def test_fuzzing(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="atheris is not installed; pip install atheris")
+    new = tmp_path / "new"
+    new.mkdir()
+    command = [
+        sys.executable,
+        "-P",
+        str(FOLDER / "run.py"),
+        f"-seed={SEED}",
+        f"-runs={RUNS}",
+        "-max_len=1024",
+    ]
+    command += ["-timeout=20", f"-artifact_prefix={tmp_path}/", str(new), str(FOLDER / "corpus")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert f"Done {RUNS} runs" in done.stderr
