@@ -22,6 +22,7 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_FIXED
         MADV_HUGEPAGE
         MADV_POPULATE_WRITE
+        MADV_REMOVE
 
 cdef extern from "<pthread.h>" nogil:
     ctypedef unsigned long pthread_t

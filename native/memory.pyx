@@ -9,6 +9,7 @@ there next.
 
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uintptr_t
+from libc.string cimport memset
 from cpython.buffer cimport PyBuffer_FillInfo
 
 import os
@@ -97,6 +98,8 @@ cdef class GuestRegion(Region):
     ConfigError: the size is no multiple of the page size, or the host has not enough memory.
     """
 
+    cdef bint _keeps
+
     def __init__(self, size, name="pyvmm-ram", *, hugepages=False, prefault=False):
         if self.fd >= 0:
             raise RuntimeError("GuestRegion is initialised already")
@@ -104,6 +107,7 @@ cdef class GuestRegion(Region):
         if size <= 0 or size % page:
             raise ConfigError(f"memory size {size:#x} is not a multiple of the page size {page:#x}")
         self.size, self.writable = size, True
+        self._keeps = hugepages or prefault
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         try:
             self.fd = os.memfd_create(name, flags | os.MFD_HUGETLB if hugepages else flags)
@@ -124,6 +128,23 @@ cdef class GuestRegion(Region):
             os.posix_fallocate(self.fd, 0, self.size)
             with nogil:
                 c.madvise(self._mapping, self._mapped, c.MADV_POPULATE_WRITE)
+
+    def clear(self):
+        """Fill everything with zeros, for whoever has it mapped; nobody may be using it.
+
+        Pages go back to the host, unless they were promised: prefaulted ones, and huge ones, whose
+        reservation would be lost with them.
+        """
+        cdef int status = 0
+        if self._mapping == NULL:
+            raise ValueError("GuestRegion is closed")
+        with nogil:
+            if self._keeps:
+                memset(self._mapping, 0, self._mapped)
+            else:
+                status = c.madvise(self._mapping, self._mapped, c.MADV_REMOVE)
+        if status < 0:
+            raise OSError(errno, f"MADV_REMOVE: {os.strerror(errno)}")
 
 
 cdef class FileRegion(Region):

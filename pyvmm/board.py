@@ -1,8 +1,8 @@
 """What stands on a machine's buses: serial port, power registers, PCI devices; and the tables of it.
 
 It owns the two buses and the PCI host, and wires devices to interrupts, doorbells and their
-frontends.  `vm` loads and uses it while the host still reads the kernel.  It must not know
-virtual CPUs, boot protocols, or where a device's backend comes from.
+frontends, which outlive it.  `machine` loads and uses it while the host still reads the kernel.  It
+must not know virtual CPUs, boot protocols, or where a device's backend comes from.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from .irq import InterruptRouter
 from .lean import ExitStack
 from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
 from .pci.host import PciHost
-from .serial import SerialPort
-from .vhost_user.memory import GuestRam
 from .virtio.pci import VirtioPciFunction
 
 TYPE_CHECKING = False
@@ -24,14 +22,14 @@ if TYPE_CHECKING:
 
     from ._native import kvm as native
     from .config import VmConfig
-    from .devices import Prepared
     from .layout import RamRange
     from .loop import EventLoop
+    from .serial import SerialPort
     from .vhost_user.frontend import Frontend
 
 
 class Board:
-    """The buses of the machine `vm`, whose RAM is `ranges` of the file `ram_fd`.
+    """The buses of the machine `vm`, whose RAM is at `ranges`.
 
     `power_off` and `restart` are called when the guest asks for that, on virtual CPU threads.
     """
@@ -39,55 +37,45 @@ class Board:
     def __init__(
         self,
         vm: native.Vm,
-        ram_fd: int,
         ranges: Sequence[RamRange],
         config: VmConfig,
         loop: EventLoop,
         power_off: Callable[[], None],
         restart: Callable[[], None],
     ) -> None:
-        self._vm, self._loop, self._config = vm, loop, config
-        self._ram = GuestRam(ram_fd, tuple(ranges))
+        self._vm, self._ranges, self._loop, self._config = vm, ranges, loop, config
         self._owned = ExitStack()
+        self._has_serial = False
         self.mmio, self.pio = Bus("memory"), Bus("ports")
         self.router = InterruptRouter(vm)
-        self.frontends: list[Frontend] = []
-        self.serial: SerialPort | None = None
         self.pci = PciHost(self.mmio, self.router, layout.mmio64_base(config.memory.size))
         self._owned.callback(self.pci.close)
         self.pio.insert(layout.PORT_PCI_ADDRESS, 8, self.pci.ports, "PCI configuration ports")
         self._add_power(power_off, restart)
 
-    def add_serial(self) -> None:
-        """COM1, unless it is off.  Raises ConfigError."""
-        if self._config.serial.mode == "off":
-            return
-        line = self.router.line(layout.IRQ_COM1)
-        self.serial = SerialPort("--serial", self._config.serial, line.set, self._loop)
-        self._owned.callback(self.serial.close)
-        self.pio.insert(layout.PORT_COM1, self.serial.SIZE, self.serial.uart, "serial port")
+    def add_serial(self, port: SerialPort) -> None:
+        """Make `port`, as after a reset, COM1."""
+        port.attach(self.router.line(layout.IRQ_COM1).set)
+        self._has_serial = True
+        self.pio.insert(layout.PORT_COM1, port.SIZE, port.uart, "serial port")
 
-    def add_device(self, device: Prepared) -> None:
-        """Connect to a device's backend and put it on the PCI bus.  Raises ConfigError."""
-        frontend = device.connect(self._ram, self._loop, self._config)
-        self.frontends.append(frontend)
+    def add_device(self, frontend: Frontend) -> None:
+        """Put a device on the PCI bus; its frontend stays the owner's.  Raises ConfigError."""
+        function = VirtioPciFunction(
+            frontend, ram=self._ranges, router=self.router, doorbells=self._vm, loop=self._loop
+        )
         with ExitStack() as undo:
-            undo.callback(frontend.close)
-            function = VirtioPciFunction(
-                frontend, ram=self._ram.ranges, router=self.router, doorbells=self._vm, loop=self._loop
-            )
             undo.callback(function.close)
             self.pci.add(function)
             undo.pop_all()
-        frontend.start_watching()
 
     def tables(self) -> bytes:
         """The ACPI tables that describe all of it, for layout.ACPI_TABLES."""
         windows = [(window.base, window.size) for window in (self.pci.window32, self.pci.window64)]
-        return build_tables(self._config.cpus.boot, self.serial is not None, *windows)
+        return build_tables(self._config.cpus.boot, self._has_serial, *windows)
 
     def close(self) -> None:
-        """Close every device; no virtual CPU runs any more.  Harmless when repeated."""
+        """Take every device off; no virtual CPU runs any more.  Harmless when repeated."""
         self._owned.close()
 
     def _add_power(self, power_off: Callable[[], None], restart: Callable[[], None]) -> None:

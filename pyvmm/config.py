@@ -115,7 +115,8 @@ class ConsoleDevice(Record):
 
 
 class VmConfig(Record):
-    """A whole machine.  `deadline` bounds every vhost-user request, in seconds."""
+    """A whole machine.  `deadline` bounds every vhost-user request, in seconds; with `reboot` a guest
+    that asks for a restart gets one, else its run ends there."""
 
     payload: PayloadConfig
     cpus: CpusConfig = CpusConfig()
@@ -124,6 +125,7 @@ class VmConfig(Record):
     devices: tuple[Record, ...] = ()
     deadline: float = 10.0
     connect_timeout: float = 10.0
+    reboot: bool = False
 
 
 def _plain_path(text: str) -> str:

@@ -1,8 +1,8 @@
 """The serial port's two sides joined: the 16550 in the guest, a stream on the host.
 
 It owns the way of the bytes between them and copies what the guest writes to listeners
-(the crash and panic messages are found there).  It knows neither registers, which are the
-UART's, nor how streams are opened.
+(the crash and panic messages are found there).  The stream stays when the guest restarts; the UART
+is a new one then.  It knows neither registers, which are the UART's, nor how streams are opened.
 """
 
 from __future__ import annotations
@@ -31,23 +31,28 @@ READER_GONE = (
 
 
 class SerialPort:
-    """COM1.  `set_irq(level)` drives its interrupt; `option` is for messages.
+    """COM1, once it is attached; `option` is for messages.
 
     `listeners` are called with what the guest writes, on the thread of the virtual CPU.
     """
 
     SIZE = 8
 
-    def __init__(
-        self, option: str, config: StreamConfig, set_irq: Callable[[bool], None], loop: EventLoop
-    ) -> None:
+    def __init__(self, option: str, config: StreamConfig, loop: EventLoop) -> None:
         self.listeners: list[Callable[[bytes], None]] = []
         self._loop = loop
         self._stream = open_stream(option, config)
-        self.uart = Uart(self._output, set_irq)
+        self.attach(lambda _: None)
         if isinstance(self._stream, ListeningStream):
             loop.add_reader(self._stream.listener.fileno(), self._accept)
         self._watch()
+
+    def attach(self, set_irq: Callable[[bool], None]) -> None:
+        """The guest starts, or starts again: a UART as after a reset, whose line `set_irq(level)` drives.
+
+        What the old one still holds is lost: input that no guest has read, and output without `flush`.
+        """
+        self.uart = Uart(self._output, set_irq)
 
     def start(self) -> None:
         """The guest runs from now on."""

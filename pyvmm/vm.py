@@ -1,45 +1,40 @@
 """A virtual machine: everything is created here, passed on, and closed here.
 
-It makes memory, KVM's machine, the kernel in it and virtual CPUs, in the order that keeps
-start-up short: backends start first and come up while the kernel is read, in a thread of its
-own, beside which everything else is loaded and built (`board`).
+It owns what the user gave and what a restart of the guest leaves alone: memory, streams,
+backends and the frontends that talk to them.  The rest is a `Machine`, a new one for each
+restart.  Backends start first and come up while the kernel is read, which keeps start-up short.
 `Vm.run` runs it until the guest ends it, fails, or `stop` is called.  What a device does is
 its backend's business, what an access means is the bus devices'; this module only connects.
 """
 
 from __future__ import annotations
 
+from time import monotonic
+
 from . import devices, ending, layout, log
-from .boot import cpu, load
 from .errors import ConfigError
 from .lean import ExitStack, Task
-from .record import Record
+from .machine import CRASH, OFF, RESET, STOPPED, Machine, Outcome
+
+__all__ = ("CRASH", "OFF", "RESET", "STOPPED", "Outcome", "Vm")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self
 
-    from ._native import kvm as native
     from ._native.memory import GuestRegion
-    from ._native.vcpu import Vcpu
     from .board import Board
     from .config import MemoryConfig, VmConfig
     from .loop import EventLoop
-    from .vcpus import VcpuThreads
+    from .serial import SerialPort
+    from .vhost_user.frontend import Frontend
 
-    Ended = tuple[int, dict[str, Any]]  # what Vcpu.run returns
-
-OFF, RESET, CRASH, STOPPED = "off", "reset", "crash", "stopped"
+PATIENCE = 1.0  # seconds that a virtual CPU, or a backend, gets to finish what it does
+LAST_PATIENCE = 15.0  # longer than any deadline
 FEW_QUEUES = 200  # for which the usual limit of 1024 open files is enough
-PATIENCE = 1.0  # seconds that a virtual CPU gets to finish what it does
-
-
-class Outcome(Record):
-    """How a run ended: the guest powered off, asked for a restart, crashed, or was stopped."""
-
-    kind: str
-    report: str = ""
+BRIEF = 0.5  # seconds; a guest that restarts sooner has done nothing
+STORM = 10  # such restarts in a row, from which on each is held back until that time has passed
 
 
 class Vm:
@@ -53,8 +48,14 @@ class Vm:
         self.config = config
         self.loop = loop
         self.outcome: Outcome | None = None
-        self._crash: tuple[int, Ended] | None = None
+        self.restarts = 0
+        self._brief = 0  # restarts in a row that came too soon
+        self._born = 0.0
+        self._resetting: Task | None = None
         self._owned = ExitStack()
+        self._machine: Machine | None = None
+        self._serial: SerialPort | None = None
+        self._frontends: list[Frontend] = []
         self._prepared: list[devices.Prepared] = []
         try:
             self._build()
@@ -68,18 +69,17 @@ class Vm:
         try:
             for device in self._prepared:
                 device.start()
-            serial = self.board.serial
-            if serial is not None:
-                serial.start()
-            self.threads.start()
+            if self._serial is not None:
+                self._serial.start()
+            self._start()
             self.loop.run()
         finally:
-            self._stop_cpus()
-        if serial is not None:
-            serial.uart.flush()
-        if self._crash is not None:
-            return Outcome(CRASH, self._report(*self._crash))
-        return self.outcome or Outcome(STOPPED)
+            self.loop.stop()
+            self._stop()
+        if self._serial is not None:
+            self._serial.uart.flush()
+        outcome = self.outcome or Outcome(STOPPED)
+        return Outcome(CRASH, self._current.report()) if outcome.kind == CRASH else outcome
 
     def stop(self) -> None:
         """End the run as if the machine's plug were pulled; from any thread or signal handler."""
@@ -87,7 +87,11 @@ class Vm:
 
     def close(self) -> None:
         """Release everything in reverse order of creation; harmless when repeated."""
-        self._owned.close()
+        try:
+            if self._machine is not None:
+                self._machine.close()
+        finally:
+            self._owned.close()
 
     def __enter__(self) -> Self:
         return self
@@ -97,6 +101,16 @@ class Vm:
     ) -> None:
         self.close()
 
+    @property
+    def board(self) -> Board:
+        """What is on the machine's buses, until the guest restarts."""
+        return self._current.board
+
+    @property
+    def _current(self) -> Machine:
+        assert self._machine is not None
+        return self._machine
+
     # -- construction ----------------------------------------------------------------------
     def _build(self) -> None:
         config = self.config
@@ -104,123 +118,101 @@ class Vm:
         self._prepared = [self._own(devices.prepare(device)) for device in config.devices]
         _allow_descriptors(sum(len(device.queue_sizes) for device in self._prepared))
         self.ranges = layout.ram_ranges(config.memory.size)
-        self.ram = self._own(_allocate(config.memory))
-        self.vm = self._create_vm()
-        filled = self._own(Task(self._fill_memory))
-        for device in self._prepared:
-            device.before_waiting = lambda: _wait_for(filled)  # a bad kernel is told at once
-        self.board = self._build_board()
-        self.boot: cpu.BootState = _wait_for(filled)
-        self._vcpus = self._create_vcpus()
-        self.threads = self._prepare_threads()
+        self.ram: GuestRegion = self._own(_allocate(config.memory))
+        self._kvm = self._own(_open_kvm())
+        machine = self._machine = Machine(self._kvm, self.ram, self.ranges, config, used=False)
+        self._open_serial()
+        self._connect_devices(machine)
+        machine.complete(self.loop, self._serial, self._frontends, self._machine_ended)
 
     def _own(self, thing: Any) -> Any:
         self._owned.callback(thing.close)
         return thing
 
-    def _create_vm(self) -> native.Vm:
-        kvm_module = _native_kvm()
-        self.kvm = self._own(kvm_module.Kvm())
-        vm: native.Vm = self._own(self.kvm.create_vm())
-        vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-        vm.set_tss_addr(layout.KVM_TSS)
-        vm.create_irqchip()
-        return vm
+    def _open_serial(self) -> None:
+        from .serial import SerialPort
 
-    def _fill_memory(self) -> cpu.BootState:
-        """Give the machine its RAM with the kernel in it: mostly the host's work, beside ours."""
-        for slot, piece in enumerate(self.ranges):
-            self.vm.set_memory_region(slot, piece.address, piece.size, self.ram.address + piece.offset)
-        with memoryview(self.ram) as view:
-            return load.load(self.config.payload, view, self.ranges, layout.ACPI_TABLES, self.ram.fd)
+        if self.config.serial.mode != "off":
+            self._serial = self._own(SerialPort("--serial", self.config.serial, self.loop))
 
-    def _build_board(self) -> Board:
-        from .board import Board  # takes as long to load as the kernel, which is being read by now
+    def _connect_devices(self, machine: Machine) -> None:
+        """The frontend of each device; a bad kernel is told before a backend is waited for."""
+        from .vhost_user.memory import GuestRam
 
-        off, restart = Outcome(OFF), Outcome(RESET)
-        board: Board = self._own(
-            Board(
-                self.vm, self.ram.fd, self.ranges, self.config, self.loop,
-                lambda: self._end(off), lambda: self._end(restart),
-            )
-        )  # fmt: skip
-        board.add_serial()
+        ram = GuestRam(self.ram.fd, tuple(self.ranges))
         for device in self._prepared:
-            board.add_device(device)
-        tables = board.tables()
-        with memoryview(self.ram) as view:
-            view[layout.ACPI_TABLES : layout.ACPI_TABLES + len(tables)] = tables
-        return board
+            device.before_waiting = machine.await_kernel
+            frontend: Frontend = self._own(device.connect(ram, self.loop, self.config))
+            self._frontends.append(frontend)
+            frontend.start_watching()
 
-    def _create_vcpus(self) -> list[Vcpu]:
-        from .boot import cpuid
+    # -- restarts, in the loop's thread ------------------------------------------------------
+    def _start(self) -> None:
+        self._born = monotonic()
+        self._current.start()
 
-        count = self.config.cpus.boot
-        leaves = self.kvm.supported_cpuid()
-        vcpus: list[Vcpu] = [self._own(self.vm.create_vcpu(index)) for index in range(count)]
-        topology = cpuid.Topology(cores=count)
-        deadline_timer = bool(self.vm.check_extension(_native_kvm().KVM_CAP_TSC_DEADLINE_TIMER))
-        for vcpu in vcpus:
-            vcpu.set_cpuid(cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer))
-            vcpu.set_msrs(cpu.boot_msrs())
-            vcpu.set_fpu_default()
-        vcpus[0].set_sregs(cpu.boot_sregs(self.boot, vcpus[0].get_sregs()))
-        vcpus[0].set_regs(cpu.boot_regs(self.boot))
-        return vcpus
+    def _machine_ended(self, outcome: Outcome) -> None:
+        if outcome.kind != RESET or not self.config.reboot:
+            self._end(outcome)
+        elif not self.loop.stopped:
+            self.restarts += 1
+            log.info(f"the guest restarts ({self.restarts})")
+            # Beside the loop: a backend may want an answer from us before it gives one.
+            self._resetting = Task(self._reset)
 
-    def _prepare_threads(self) -> VcpuThreads:
-        from .vcpus import Exits, VcpuThreads
+    def _reset(self) -> None:
+        """Until the old machine stands still and no backend touches the memory; in a thread of its own."""
+        try:
+            self._current.reset()
+            if self._serial is not None:
+                self._serial.uart.flush()
+        finally:
+            self.loop.call_soon_threadsafe(self._after_reset)
 
-        return VcpuThreads(self._vcpus, Exits(self.board.mmio, self.board.pio), self._vcpu_ended)
+    def _after_reset(self) -> None:
+        assert self._resetting is not None
+        self._resetting.result()
+        pause = self._pause(monotonic() - self._born)
+        self.loop.call_later(pause, self._restart) if pause else self._restart()
+
+    def _pause(self, lived: float) -> float:
+        """Seconds to wait: a guest that does nothing but restart must not keep the host busy."""
+        self._brief = self._brief + 1 if lived < BRIEF else 0
+        if self._brief < STORM:
+            return 0.0
+        log.once(
+            ("restarts",), f"the guest has restarted {STORM} times at once; give --no-reboot to end it there"
+        )
+        return BRIEF - lived
+
+    def _restart(self) -> None:
+        if self.loop.stopped:
+            return
+        self._current.close()
+        machine = self._machine = Machine(self._kvm, self.ram, self.ranges, self.config, used=True)
+        try:
+            machine.complete(self.loop, self._serial, self._frontends, self._machine_ended)
+        except ConfigError as error:
+            raise ConfigError(f"the guest restarts, but {error}") from None
+        self._start()
 
     # -- the end ---------------------------------------------------------------------------
     def _end(self, outcome: Outcome) -> None:
-        """Keep the first reason; called on virtual CPU threads too."""
-        if self.outcome is None:
-            self.outcome = outcome
+        """Keep the first reason."""
+        self.outcome = self.outcome or outcome
         self.loop.stop()
 
-    def _stop_cpus(self) -> None:
-        if self.threads.stop(PATIENCE):
+    def _stop(self) -> None:
+        if self._stand_still(PATIENCE):
             return
-        for frontend in self.board.frontends:  # a CPU may be waiting for one of their answers
+        for frontend in self._frontends:  # a CPU, or a restart, may be waiting for one of their answers
             frontend.interrupt()
-        if not self.threads.stop():
+        if not self._stand_still(LAST_PATIENCE):
             log.warn("a virtual CPU did not stop in time; its thread is left behind")
 
-    def _vcpu_ended(self, index: int, ended: Ended | BaseException) -> None:
-        """A virtual CPU left its loop without being asked; called in its thread."""
-        self.loop.call_soon_threadsafe(lambda: self._crashed(index, ended))
-
-    def _crashed(self, index: int, ended: Ended | BaseException) -> None:
-        if isinstance(ended, BaseException):
-            raise ended  # a fault of ours, or KVM_RUN itself failed: through the loop to whoever called `run`
-        if self.outcome is None:
-            self._crash = (index, ended)
-            self._end(Outcome(CRASH))
-
-    def _report(self, index: int, ended: Ended) -> str:
-        """What is known of a crash; all virtual CPUs stand still by now."""
-        from .boot import report, symbols
-        from .boot.ram import GuestRam as Reader
-        from .host import accel
-
-        vcpu = self._vcpus[index]
-        with memoryview(self.ram) as view:
-            return report.crash_report(
-                index,
-                ended,
-                vcpu.get_regs(),
-                vcpu.get_sregs(),
-                Reader(view, self.ranges).read,
-                symbols.find(self.config.payload.kernel, self.boot),
-                bool(accel.why_not()),
-            )
-
-
-def _wait_for(task: Task) -> Any:
-    with ending.waiting():
-        return task.result()
+    def _stand_still(self, timeout: float) -> bool:
+        stopped = self._current.stop(timeout)
+        return stopped and (self._resetting is None or self._resetting.join(timeout))
 
 
 def _allow_descriptors(queues: int) -> None:
@@ -233,10 +225,10 @@ def _allow_descriptors(queues: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _native_kvm() -> Any:
-    from ._native import kvm
+def _open_kvm() -> Any:
+    from ._native.kvm import Kvm
 
-    return kvm
+    return Kvm()
 
 
 def _allocate(memory: MemoryConfig) -> GuestRegion:

@@ -40,6 +40,7 @@ COMMAND = Command(
         Option("--serial", "off|null|tty|pty|file=PATH|socket=PATH", "ttyS0 (default null)"),
         Option("--deadline", "SECONDS", "limit for each vhost-user request (default 10)"),
         Option("--connect-timeout", "SECONDS", "how long to wait for a backend's socket (default 10)"),
+        Option("--no-reboot", "", "end when the guest restarts, with status 0"),
         Option("--force", "", "allow devices fewer queues than their drivers need"),
         Option("--verbose", "", "say more; twice: everything", short="-v"),
     ),
@@ -55,8 +56,8 @@ COMMAND = Command(
             '      --generic-vhost-user "socket=/run/vfs.sock,virtio_id=26,queue_sizes=[512,512]"',
         ),
     ),
-    details="A guest that powers off ends with status 0, one that restarts with 0 too;\n"
-    "a crash of a virtual CPU with 126, a bad option with 2.",
+    details="A guest that powers off ends with status 0, one that restarts goes on with its devices;\n"
+    "a crash of a virtual CPU ends with 126, a bad option with 2.",
 )
 DEVICES = (
     ("disk", config.disk),
@@ -91,6 +92,7 @@ def machine(given: Arguments) -> config.VmConfig:
         devices=tuple(_devices(given, console)),
         deadline=config.seconds("--deadline", given.text("deadline", "10")),
         connect_timeout=config.seconds("--connect-timeout", given.text("connect_timeout", "10")),
+        reboot=not given.count("no_reboot"),
     )
 
 

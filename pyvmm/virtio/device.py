@@ -52,7 +52,6 @@ if TYPE_CHECKING:
         def activate(self, features: int, queues: Sequence[QueueSetup]) -> None: ...
         def set_call(self, index: int, fd: int | None) -> None: ...
         def reset(self) -> None: ...
-        def close(self) -> None: ...
 
     class Interrupts(Protocol):
         """What the transport does for the device."""
@@ -252,8 +251,8 @@ class VirtioDevice:
         log.once((self.name, key), f"{self.name}: the guest {what}; ignored, as will be others")
 
     def close(self) -> None:
-        """Close the backend and the doorbells; no virtual CPU runs any more."""
-        self.backend.close()
+        """Let go of the backend, which stays its owner's, and close the doorbells; no virtual CPU runs."""
+        self.backend.on_config_change = self.backend.on_lost = _nothing
         for kick in self.kicks:
             os.close(kick)
         self.kicks.clear()
@@ -264,3 +263,7 @@ def _drain(fd: int) -> None:
         os.eventfd_read(fd)
     except BlockingIOError:
         return
+
+
+def _nothing(*_: object) -> None:
+    """The backend has no device now."""

@@ -109,7 +109,7 @@ class VirtioPciFunction(PciFunction):
         super().reset()
 
     def close(self) -> None:
-        """Unbind doorbells and interrupts, then close the backend; no virtual CPU runs any more."""
+        """Unbind doorbells and interrupts and let go of the backend; no virtual CPU runs any more."""
         if self._doorbell_base is not None:
             self._bind_doorbells(self._doorbell_base, assign=False)
             self._doorbell_base = None

@@ -21,7 +21,10 @@ BOOT_PATH = (
     *("pyvmm.cli.run", "pyvmm.cli.boot", "pyvmm.run", "pyvmm.vm", "pyvmm.host.accel", "pyvmm.host.children"),
     *("pyvmm.backend.console", "pyvmm.backend.server", "pyvmm.backend.rng"),
 )
-NATIVE_USERS = ("pyvmm.vm", "pyvmm.board", "pyvmm.vcpus", "pyvmm.host.", "pyvmm.backend.", "pyvmm._native")
+NATIVE_USERS = (
+    *("pyvmm.vm", "pyvmm.machine", "pyvmm.board", "pyvmm.vcpus"),
+    *("pyvmm.host.", "pyvmm.backend.", "pyvmm._native"),
+)
 NATIVE_AT_LOAD = ("pyvmm.backend.", "pyvmm._native")
 OURS = [name for name in modules() if name != "pyvmm" and not name.startswith("pyvmm._native")]
 

@@ -32,7 +32,7 @@ def loop() -> Iterator[EventLoop]:
 def port(loop: EventLoop, config: StreamConfig) -> SerialPort:
     """A port; made and closed in the loop's thread, as readers demand."""
     made: list[SerialPort] = []
-    loop.call_soon_threadsafe(lambda: made.append(SerialPort("--serial", config, lambda level: None, loop)))
+    loop.call_soon_threadsafe(lambda: made.append(SerialPort("--serial", config, loop)))
     eventually(lambda: bool(made))
     return made[0]
 
