@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 
 import pytest
 
@@ -17,6 +18,15 @@ EXPECTED_SKIPS = (
     "the rust virtiofsd is not installed; cargo install virtiofsd",
     "this KVM emulates ring 0 and does not emulate stmxcsr",
 )
+
+
+def pytest_configure() -> None:
+    """Under `nohup` every program started here would ignore hang-ups, and tests send them.
+
+    A handler, unlike SIG_IGN, is not handed down.
+    """
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.hookimpl(wrapper=True)
