@@ -17,6 +17,7 @@ import struct
 from _thread import allocate_lock as Lock
 
 from .. import log
+from ..eventfd import create, drain, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,29 +36,13 @@ FRESH = (0, 0, 0, VECTOR_MASK)  # address low, address high, data, vector contro
 WORD = 0xFFFF_FFFF
 
 
-def drain(fd: int) -> bool:
-    """Empty an eventfd; whether there was anything in it."""
-    try:
-        return os.eventfd_read(fd) > 0
-    except BlockingIOError:
-        return False
-
-
-def signal(fd: int) -> None:
-    """Write one event; a counter that is full says the same as one that is not."""
-    try:
-        os.eventfd_write(fd, 1)
-    except BlockingIOError:
-        return
-
-
 class Vector:
     """One table entry."""
 
     __slots__ = ("fd", "gsi", "live", "words")
 
     def __init__(self) -> None:
-        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.fd = create()
         self.gsi: int | None = None
         self.live = False
         self.words = [*FRESH]

@@ -18,6 +18,7 @@ from _thread import allocate_lock as Lock
 
 from .. import log
 from ..errors import ProtocolError
+from ..eventfd import create, drain, signal
 from . import kinds, spec
 from .queue import Queue, QueueSetup
 from .status import ACTIVATE, DRIVER_BITS, NEGOTIATE, RESET, transition
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
         on_config_change: Callable[[], None]
         on_lost: Callable[[str], None]
+        on_away: Callable[[], None]
+        on_back: Callable[[], None]
 
         @property
         def name(self) -> str: ...
@@ -64,7 +67,6 @@ if TYPE_CHECKING:
 # Needs registers or a queue that this transport does not have (SR-IOV, 4.1.4.3 from offset 56 on).
 UNSUPPORTED = spec.F_SR_IOV | spec.F_NOTIF_CONFIG_DATA | spec.F_RING_RESET | spec.F_ADMIN_VQ
 FAILURES = (ProtocolError, OSError)
-DOORBELL = os.EFD_CLOEXEC | os.EFD_NONBLOCK
 
 
 class VirtioDevice:
@@ -75,7 +77,7 @@ class VirtioDevice:
         self.name = backend.name
         self.driver_lock = Lock()
         self.queues = [Queue(index, size) for index, size in enumerate(backend.queue_sizes)]
-        self.kicks = [os.eventfd(0, DOORBELL) for _ in self.queues]
+        self.kicks = [create() for _ in self.queues]
         self.status = 0
         self.driver_features = 0
         # A driver that reads a field past the end of the structure takes the guest down
@@ -86,10 +88,13 @@ class VirtioDevice:
         self._state_lock = Lock()
         self._active: list[Queue] = []
         self._started = False
+        self._failed = False
         self._generation = 0
         self._config_changed = False
         backend.on_config_change = self.config_changed
         backend.on_lost = self.backend_lost
+        backend.on_away = self.backend_away
+        backend.on_back = self.backend_back
 
     # -- features (2.2) ----------------------------------------------------------------
     @property
@@ -159,7 +164,7 @@ class VirtioDevice:
                 self.backend.reset()
             except FAILURES as error:
                 log.warn(f"{self.name}: the backend did not reset: {error}")
-        self._started = False
+        self._started = self._failed = False
         self._active = []
         with self._state_lock:
             self.status = 0
@@ -167,7 +172,7 @@ class VirtioDevice:
         self.driver_features = 0
         for queue, kick in zip(self.queues, self.kicks, strict=True):
             queue.reset()
-            _drain(kick)
+            drain(kick)
         self._interrupts.reset()
 
     # -- queues ----------------------------------------------------------------------------
@@ -176,10 +181,7 @@ class VirtioDevice:
         if index >= len(self.kicks):
             self.complain("doorbell", f"rang the doorbell of queue {index}, which does not exist")
             return
-        try:
-            os.eventfd_write(self.kicks[index], 1)
-        except BlockingIOError:
-            return  # the counter is full: the backend has plenty to wake up for
+        signal(self.kicks[index])
 
     def update_calls(self, queues: Sequence[Queue] | None = None) -> None:
         """Interrupts of running queues (default: all) go elsewhere now; `driver_lock` is held."""
@@ -231,20 +233,43 @@ class VirtioDevice:
         """The backend is gone: ask the driver for a reset (2.1.2)."""
         self.fail(f"the backend is lost: {reason}")
 
+    def backend_away(self) -> None:
+        """The backend is gone, and another one is looked for: ask the driver for a reset meanwhile.
+
+        A driver that acts upon it gets a device that works, sooner or later.
+        """
+        self._need_reset()
+
+    def backend_back(self) -> None:
+        """The backend goes on where it stopped: DEVICE_NEEDS_RESET is taken back.
+
+        The specification has no way back from that bit but a reset (2.1.2).  Linux' drivers do not look
+        at it, though, and go on waiting for what they asked for, which comes now; a driver that
+        looks later would reset a device that works.
+        """
+        with self._state_lock:
+            if not self._failed:
+                self.status &= ~spec.NEEDS_RESET
+
     def fail(self, reason: str) -> None:
         """Set DEVICE_NEEDS_RESET and tell the driver.
 
         A device that no driver has found keeps status 0: one that waits for a reset to read 0
         would wait for ever.
         """
+        self._failed = True
+        if self._need_reset():
+            log.warn(f"{self.name}: {reason}; the device asks the guest for a reset")
+
+    def _need_reset(self) -> bool:
+        """Whether that is news to a driver."""
         with self._state_lock:
             known = not self.status or self.status & spec.NEEDS_RESET
             if self.status:
                 self.status |= spec.NEEDS_RESET
             if self.status & spec.DRIVER_OK:
                 self._interrupts.config_changed()
-        if not known:
-            log.warn(f"{self.name}: {reason}; the device asks the guest for a reset")
+        return not known
 
     def complain(self, key: str, what: str) -> None:
         """Say once what the guest did wrong."""
@@ -256,13 +281,6 @@ class VirtioDevice:
         for kick in self.kicks:
             os.close(kick)
         self.kicks.clear()
-
-
-def _drain(fd: int) -> None:
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        return
 
 
 def _nothing(*_: object) -> None:

@@ -17,10 +17,11 @@ from _thread import allocate_lock as Lock
 from .. import log
 from ..bus import Bus
 from ..errors import ConfigError
+from ..eventfd import create, drain
 from ..pci.config import Identity
 from ..pci.function import Bar, PciFunction
 from ..pci.msix import CAPABILITY_ID as MSIX_CAPABILITY
-from ..pci.msix import MsixTable, drain
+from ..pci.msix import MsixTable
 from . import kinds, spec
 from .common import SIZE as COMMON_SIZE
 from .common import CommonConfig
@@ -220,7 +221,7 @@ class VirtioInterrupts:
         self._loop = loop
         self._lock = Lock()
         self._isr = 0
-        self._shared = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._shared = create()
         loop.add_reader(self._shared, self._queue_event)
 
     def call_fd(self, vector: int) -> int | None:

@@ -1,0 +1,42 @@
+"""Eventfds that a peer holds too: counting, emptying and signalling without ever waiting.
+
+A backend shares the open file of every doorbell and interrupt that it was sent.  It can take
+O_NONBLOCK off it, empty it and fill it, so that mode must not be relied on.  What an eventfd
+stands for is its user's business.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+COUNTER = 8  # bytes
+
+
+def create() -> int:
+    """A new one, empty."""
+    return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def drain(fd: int) -> bool:
+    """Empty it; whether there was anything in it."""
+    try:
+        return os.preadv(fd, (bytearray(COUNTER),), -1, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
+
+
+def signal(fd: int) -> None:
+    """Add one event; a counter that is full says the same as one that is not.
+
+    A write cannot be told not to wait, so the counter is looked at first.  A peer that fills it just
+    then holds up the calling thread until it reads, or until the thread is interrupted as the machine ends.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    if not poll.poll(0):
+        return
+    try:
+        os.eventfd_write(fd, 1)
+    except BlockingIOError:
+        return

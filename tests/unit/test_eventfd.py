@@ -1,0 +1,40 @@
+"""Whatever a peer does to a shared eventfd, nobody waits for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pyvmm import eventfd
+
+FULL = (1 << 64) - 2
+
+
+@pytest.fixture(params=[False, True], ids=["nonblocking", "made blocking"])
+def fd(request: pytest.FixtureRequest) -> Iterator[int]:
+    fd = eventfd.create()
+    assert not os.get_blocking(fd) and not os.get_inheritable(fd)
+    os.set_blocking(fd, bool(request.param))
+    yield fd
+    os.close(fd)
+
+
+def test_drain(fd: int) -> None:
+    assert not eventfd.drain(fd)
+    os.eventfd_write(fd, 3)
+    assert eventfd.drain(fd)
+    assert not eventfd.drain(fd)
+
+
+def test_signal(fd: int) -> None:
+    eventfd.signal(fd)
+    eventfd.signal(fd)
+    assert os.eventfd_read(fd) == 2
+
+
+def test_a_full_counter(fd: int) -> None:
+    os.eventfd_write(fd, FULL)
+    eventfd.signal(fd)
+    assert os.eventfd_read(fd) == FULL
