@@ -46,6 +46,10 @@ class ConfigSpace:
         room = max(0, len(self.data) - offset)
         self.data[offset : offset + min(len(data), room)] = data[:room]
 
+    def place(self, name: str) -> slice:
+        """Which bytes the field is."""
+        return self._places[name]
+
     def covers(self, name: str, offset: int, size: int) -> bool:
         """Whether an access of `size` bytes at `offset` touches the field."""
         place = self._places[name]

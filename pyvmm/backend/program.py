@@ -19,7 +19,9 @@ from .device import Device
 from .loop import DeviceLoop
 from .server import serve
 
-Options = Sequence[tuple[str, str | list[str], str]]  # name, default (a list: may be repeated), help
+TYPES = {"blk": "block"}  # where QEMU's vhost-user.json has another name for the kind
+# name, default (a list: may be repeated; False: a switch; None: must be given), help
+Options = Sequence[tuple[str, str | list[str] | bool | None, str]]
 
 
 def main(
@@ -27,12 +29,21 @@ def main(
     make: Callable[[argparse.Namespace], Device],
     options: Options = (),
     argv: list[str] | None = None,
+    *,
+    features: Sequence[str] = (),
 ) -> NoReturn:
-    """Parse `argv`, serve `make(arguments)` until SIGTERM or Ctrl-C, and exit."""
-    arguments = _parser(kind, options).parse_args(argv)
+    """Parse `argv`, serve `make(arguments)` until SIGTERM or Ctrl-C, and exit.
+
+    `features` are those of docs/interop/vhost-user.json that the options offer.
+    """
+    parser = _parser(kind, options)
+    arguments = parser.parse_args(argv)
     if arguments.print_capabilities:
-        print(json.dumps({"type": kind, "features": []}))
+        print(json.dumps({"type": TYPES.get(kind, kind), "features": list(features)}))
         sys.exit(0)
+    for name, default, _ in options:
+        if default is None and getattr(arguments, name[2:].replace("-", "_")) is None:
+            parser.error(f"{name} must be given")
     log.level = min(arguments.verbose, log.DEBUG)
     try:
         where: str | int = arguments.socket_path if arguments.fd is None else arguments.fd
@@ -56,6 +67,12 @@ def _parser(kind: str, options: Options) -> argparse.ArgumentParser:
     where.add_argument("--print-capabilities", action="store_true", help="describe the backend as JSON")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice for details")
     for name, default, text in options:
-        extra: dict[str, Any] = {"action": "append"} if isinstance(default, list) else {}
-        parser.add_argument(name, default=default, help=text, **extra)
+        parser.add_argument(name, default=default, help=text, **_action(default))
     return parser
+
+
+def _action(default: object) -> dict[str, Any]:
+    """What an option does, by its default."""
+    if isinstance(default, list):
+        return {"action": "append"}
+    return {"action": "store_true"} if default is False else {}

@@ -190,11 +190,13 @@ def connect(path, process):
     raise AssertionError("the backend does not listen")
 
 
-@pytest.mark.parametrize("kind", ["console", "rng", "echo"])
-def test_capabilities(kind):
+@pytest.mark.parametrize(
+    ("kind", "type_"), [("console", "console"), ("rng", "rng"), ("echo", "echo"), ("blk", "block")]
+)
+def test_capabilities(kind, type_):
     process = program(kind, "--print-capabilities", stdout=subprocess.PIPE)
     out, err = process.communicate(timeout=20)
-    assert (json.loads(out)["type"], err, process.returncode) == (kind, "", 0)
+    assert (json.loads(out)["type"], err, process.returncode) == (type_, "", 0)
 
 
 def test_program_listens_serves_again_and_cleans_up(tmp_path):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import struct
 
 import pytest
 
 vring = pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
 
-from fakes.ring_driver import USER_BASE, DriverQueue, Ram, RawFrontend, receive_one  # noqa: E402
+from fakes.lives import Life  # noqa: E402
+from fakes.ring_driver import USER_BASE, DriverQueue, Ram, RawFrontend  # noqa: E402
 
 from pyvmm.backend import inflight  # noqa: E402
 from pyvmm.backend.device import Device  # noqa: E402
@@ -279,46 +279,9 @@ class Slow(Device):
         queue.notify()
 
 
-class Life:
-    """One backend process after another behind the same ring and the same in-flight file."""
-
-    def __init__(self, make):
-        self.make = make
-        self.ram = Ram(32 << 20)
-        self.queue = DriverQueue(self.ram, SIZE, event_idx=True)
-        self.file = None
-        self.process = self.frontend = None
-
-    def start(self):
-        self.process = spawn(self.make)
-        self.frontend = RawFrontend(self.process.take_socket())
-        self.frontend.negotiate()
-        self.frontend.share(self.ram)
-        if self.file is None:
-            self.frontend.send("GET_INFLIGHT_FD", Inflight(0, 0, 1, SIZE))
-            message = receive_one(self.frontend.sock, self.frontend.replies)
-            self.file = message.payload, message.take_fds()[0]
-        description, fd = self.file
-        assert self.frontend.tell("SET_INFLIGHT_FD", description, [fd]) == 0
-        # what frontends that cannot know better send: the used index
-        assert self.frontend.start(0, self.queue, base=self.ram.u16(self.queue.used + 2)) == 0
-
-    def kill(self):
-        os.kill(self.process.pid, signal.SIGKILL)
-        assert self.process.wait(10) == 128 + signal.SIGKILL
-        self.process.close()
-        self.frontend.close()
-
-    def close(self):
-        self.kill()
-        os.close(self.file[1])
-        self.queue.close()
-        self.ram.close()
-
-
 @pytest.fixture
 def life():
-    life = Life(Slow)
+    life = Life(Slow, SIZE)
     life.start()
     yield life
     life.close()
