@@ -7,6 +7,7 @@ must not know what the device is: that is the frontend's.
 
 from __future__ import annotations
 
+from math import inf
 from time import monotonic
 
 from ..errors import BackendLost, RemoteProtocolError
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeVar
 
+    from .codec import Message
     from .payloads import Payload
 
     Kind = TypeVar("Kind", bound=Payload)
@@ -35,6 +37,7 @@ class Client:
     def __init__(self, channel: Channel, deadline: float) -> None:
         self.channel = channel
         self.deadline = deadline
+        self.limit = inf  # when the whole of something must be done, monotonic
         self.negotiation = Negotiation()
         self._requester = Requester(FRONTEND_REQUESTS, self.negotiation, _close_fd)
 
@@ -44,22 +47,29 @@ class Client:
         Returns the reply, or Empty when none is due.  Raises BackendLost at the deadline or when
         the connection ends, Refusal when the ack is not 0, RemoteProtocolError for nonsense.
         """
+        reply, message = self._exchange(name, payload, fds)
+        if message is not None:
+            message.close()
+        return reply
+
+    def _exchange(
+        self, name: str, payload: Payload, fds: Sequence[int] = ()
+    ) -> tuple[Payload, Message | None]:
         requester = self._requester
         data = requester.request(name, payload, len(fds))
-        due = monotonic() + self.deadline
+        due = min(monotonic() + self.deadline, self.limit)
         try:
             self.channel.send(data, fds, due)
             row = requester.awaiting
             if row is None:
-                return NOTHING
+                return NOTHING, None
             message = self.channel.receive(requester.decoder, due)
         except RemoteProtocolError as error:
             raise type(error)(f"{name}: {error}") from None
         reply = requester.reply(message)
-        message.close()
         if not row.reply and isinstance(reply, U64) and reply.value:
             raise Refusal(f"the backend refused {name} (status {reply.value})")
-        return reply
+        return reply, message
 
     def ask(self, name: str, payload: Payload, kind: type[Kind]) -> Kind:
         """Like `call`, for a request whose reply must be a `kind`."""
@@ -67,6 +77,15 @@ class Client:
         if not isinstance(reply, kind):
             raise RemoteProtocolError(f"{name}: the backend reports an error")
         return reply
+
+    def ask_with_fds(self, name: str, payload: Payload, kind: type[Kind]) -> tuple[Kind, list[int]]:
+        """Like `ask`, for a reply that brings descriptors: the caller closes them."""
+        reply, message = self._exchange(name, payload)
+        fds = message.take_fds() if message is not None else []
+        if not isinstance(reply, kind):
+            close_all(fds)
+            raise RemoteProtocolError(f"{name}: the backend reports an error")
+        return reply, fds
 
     def open(self, choose: Callable[[int], int]) -> None:
         """Become the owner and agree on features; `choose` picks from the protocol features offered."""

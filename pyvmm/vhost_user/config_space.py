@@ -11,6 +11,7 @@ must not know the layout of any device's configuration.
 from __future__ import annotations
 
 from ..errors import RemoteProtocolError
+from .client import Refusal
 from .messages import CONFIG_WRITABLE
 from .payloads import Config
 
@@ -31,6 +32,7 @@ class LocalConfig:
 
     def __init__(self, data: bytes) -> None:
         self.size = len(data)
+        self.written: dict[int, bytes] = {}  # by the driver, which a later backend has not seen
         self._bytes = bytearray(data)
 
     def last(self, offset: int, length: int) -> bytes:
@@ -41,10 +43,25 @@ class LocalConfig:
         """What the driver reads."""
         return self.last(offset, length)
 
-    def write(self, client: Client, offset: int, data: bytes) -> None:
+    def keep(self, offset: int, data: bytes) -> None:
         """What the driver writes; bytes beyond the end are dropped."""
         data = data[: max(0, self.size - offset)]
-        self._bytes[offset : offset + len(data)] = data
+        if data:
+            self._bytes[offset : offset + len(data)] = data
+            self.written[offset] = data
+
+    def write(self, client: Client, offset: int, data: bytes) -> None:
+        """Hand on what was kept."""
+
+    def succeed(self, client: Client, before: LocalConfig) -> bool:
+        """Be what `before` was, a space of the same size; whether the driver finds other bytes now."""
+        for offset, data in before.written.items():
+            self.keep(offset, data)
+            try:
+                self.write(client, offset, data)
+            except Refusal:
+                continue  # as it was the first time, if it was
+        return self._bytes != before._bytes
 
 
 class BackendConfig(LocalConfig):
@@ -64,7 +81,6 @@ class BackendConfig(LocalConfig):
     def write(self, client: Client, offset: int, data: bytes) -> None:
         """Write through by the policy; raises Refusal when the backend does not take it."""
         data = data[: max(0, self.size - offset)]
-        super().write(client, offset, data)
         if not data or self._policy == ABSORB:
             return
         if self._policy == WHOLE:

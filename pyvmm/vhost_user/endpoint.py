@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 from _socket import AF_UNIX, SO_DOMAIN, SO_TYPE, SOCK_STREAM, SOL_SOCKET, socket
 from time import monotonic, sleep
@@ -30,7 +31,13 @@ class Endpoint:
     """A place where a backend answers.  `name` is what messages call it.
 
     `before_waiting` is called when a backend is not there yet, and may raise what makes waiting useless.
+    `final` says why there cannot be a second connection, if so; `same_again` that the next backend will be
+    like the one before; `longest_pause` is how many seconds may pass between two looks for it.
     """
+
+    final = ""
+    same_again = False
+    longest_pause = 2.0
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -39,6 +46,13 @@ class Endpoint:
     def connect(self, timeout: float) -> socket:
         """A new connection, in at most `timeout` seconds; ConfigError says what to mend."""
         raise ConfigError(f"{self.name}: cannot be connected to")
+
+    def reconnect(self) -> socket | None:
+        """Another connection after one was lost, without waiting; None when it is not there yet.
+
+        Called in the event loop's thread.  ConfigError says what keeps it from coming.
+        """
+        return None
 
     def explain(self) -> str:
         """What is known about why the backend went away, or nothing."""
@@ -54,21 +68,32 @@ class PathEndpoint(Endpoint):
             raise ConfigError(f"socket {path}: is longer than {SOCKET_PATH_MAX} bytes; use a shorter path")
         start, pause = monotonic(), 0.002
         while True:
-            sock = socket(AF_UNIX, SOCK_STREAM)
-            sock.setblocking(False)  # a full queue is EAGAIN then, instead of a wait without end
             try:
-                sock.connect(path)
-                return sock
+                return self._connect()
             except OSError as error:
-                sock.close()
                 self._judge(error, monotonic() - start, timeout)
                 self.before_waiting()
-            except BaseException:
-                sock.close()
-                raise
             with waiting():
                 sleep(pause)
             pause = min(pause * 1.5, 0.1)
+
+    def reconnect(self) -> socket | None:
+        try:
+            return self._connect()
+        except OSError as error:
+            if error.errno in NOT_YET:
+                return None
+            raise ConfigError(f"socket {self.name}: {os.strerror(error.errno or 0)}") from None
+
+    def _connect(self) -> socket:
+        sock = socket(AF_UNIX, SOCK_STREAM)
+        sock.setblocking(False)  # a full queue is EAGAIN then, instead of a wait without end
+        try:
+            sock.connect(self.name)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def _judge(self, error: OSError, waited: float, timeout: float) -> None:
         """Return when it is worth another try, else raise what is wrong."""
@@ -100,6 +125,8 @@ class PathEndpoint(Endpoint):
 class FdEndpoint(Endpoint):
     """A connected socket that was inherited, good for one connection."""
 
+    final = "an inherited connection serves only once"
+
     def __init__(self, fd: int) -> None:
         super().__init__(f"fd {fd}")
         self._fd = fd
@@ -107,7 +134,7 @@ class FdEndpoint(Endpoint):
     def connect(self, timeout: float) -> socket:
         fd, self._fd = self._fd, -1
         if fd < 0:
-            raise ConfigError(f"{self.name}: an inherited connection serves only once")
+            raise ConfigError(f"{self.name}: {self.final}")
         try:
             sock = socket(fileno=fd)
         except OSError as error:
@@ -142,6 +169,50 @@ class CallEndpoint(Endpoint):
 
     def connect(self, timeout: float) -> socket:
         return self._connect(timeout)
+
+    def reconnect(self) -> socket | None:
+        return self._connect(0.0)
+
+
+class ListeningEndpoint(Endpoint):
+    """A socket of ours that backends connect to, one after another; removed at `close`.
+
+    Raises ConfigError when nobody can listen at `path`.
+    """
+
+    longest_pause = 0.2  # a look at our own socket disturbs nobody
+
+    def __init__(self, option: str, path: str) -> None:
+        super().__init__(path)
+        from ..streams import ListeningStream
+
+        self._stream = ListeningStream(option, path)
+
+    def connect(self, timeout: float) -> socket:
+        end, told = monotonic() + timeout, monotonic() + PATIENCE
+        poller = select.poll()
+        poller.register(self._stream.listener.fileno(), select.POLLIN)
+        while (sock := self.reconnect()) is None:
+            if monotonic() > end:
+                raise ConfigError(
+                    f"socket {self.name}: no backend connected (waited {timeout:g} s); start the backend"
+                )
+            if monotonic() > told:
+                log.once(("waiting", self.name), f"waiting for a backend to connect to {self.name}")
+            self.before_waiting()
+            with waiting():
+                poller.poll(100)
+        return sock
+
+    def reconnect(self) -> socket | None:
+        try:
+            return self._stream.listener.accept()[0]
+        except BlockingIOError:
+            return None
+
+    def close(self) -> None:
+        """Listen no more and remove the socket."""
+        self._stream.close()
 
 
 def _nothing() -> None:

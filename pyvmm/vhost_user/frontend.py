@@ -7,15 +7,21 @@ the device is comes in as data (`kind`); it must not know about PCI, registers o
 
 from __future__ import annotations
 
+from math import inf
+from time import monotonic
+
 from .. import log
-from ..errors import BackendLost, ConfigError, ProtocolError
+from ..errors import BackendLost, ConfigError, ProtocolError, RemoteProtocolError
 from ..lean import Lock
 from . import rings
 from .client import Refusal
 from .endpoint import endpoint
+from .inflight import InflightBuffer
 from .link import Link
 from .memory import MemoryTable
 from .opening import Opening
+from .progress import all_in_order, moved, used_index
+from .recovery import FAIL, RECONNECT, STOP, Recovery
 from .rings import Wanted
 
 TYPE_CHECKING = False
@@ -29,9 +35,15 @@ if TYPE_CHECKING:
     from .codec import Message
     from .endpoint import Endpoint
     from .memory import GuestRam
-    from .opening import Kind
+    from .opening import Agreed, Kind
 
     Result = TypeVar("Result")
+
+LONG_LIFE = 2.0  # seconds
+STRANDED = (
+    ", but requests were completed out of order and the lost backend tracked none: repeating any could "
+    "do harm, so the device waits until the guest resets it"
+)
 
 
 class Frontend:
@@ -43,7 +55,10 @@ class Frontend:
     ConfigError when there is no backend, or one that does not fit; `force` lets a device have
     fewer queues than its drivers can do with.
 
-    `on_config_change` and `on_lost` are called in the thread of `loop`, once `start_watching` was.
+    `on_loss` is what happens when the backend is lost: it is looked for again (RECONNECT, for
+    `patience` seconds, 0: for ever), the event loop ends with BackendLost (STOP), or the device is
+    given up (FAIL).  `on_config_change`, `on_away`, `on_back` and `on_lost` are called in the thread of
+    `loop`, once `start_watching` was.
     """
 
     def __init__(
@@ -59,6 +74,8 @@ class Frontend:
         *,
         connect_timeout: float = 10.0,
         force: bool = False,
+        on_loss: str = FAIL,
+        patience: float = 0.0,
     ) -> None:
         self._endpoint = endpoint(connect)
         self.name = name or f"{kind.name} at {self._endpoint.name}"
@@ -67,22 +84,32 @@ class Frontend:
         self.shared_memory: tuple[tuple[int, int], ...] = ()
         self.on_config_change: Callable[[], None] = _nothing
         self.on_lost: Callable[[str], None] = _nothing
+        self.on_away: Callable[[], None] = _nothing
+        self.on_back: Callable[[], None] = _nothing
         self._loop = loop
         self._deadline = deadline
         self._lock = Lock()
         self._lost = ""
+        self._on_loss = on_loss
         self._retired: Link | None = None
+        self._candidate: Link | None = None
+        self._closed = self._given_up = self._worked = self._stranded = False
+        self._changed_at, self._outage = monotonic(), 0.0
         self._config_changed = False
-        self._running: tuple[QueueSetup, ...] = ()
+        self._wanted: Wanted | None = None
+        self._running: tuple[tuple[QueueSetup, int], ...] = ()  # and where each ring began
         self._opening = Opening(self.name, kind, queue_sizes, config, force)
+        self._inflight = InflightBuffer(len(self.queue_sizes), max(self.queue_sizes))
         self._memory = MemoryTable(ram)
+        self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)
         self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline)
-        self._open(self._link)
+        agreed = self._open(self._link)
+        self.features, self._config, self.config_size = agreed.features, agreed.config, agreed.config.size
 
     # -- opening -----------------------------------------------------------------------
-    def _open(self, link: Link) -> None:
+    def _open(self, link: Link) -> Agreed:
         try:
-            self._negotiate(link)
+            return self._negotiate(link)
         except ProtocolError as error:
             link.close()
             known = self._endpoint.explain()
@@ -94,41 +121,53 @@ class Frontend:
             link.close()
             raise
 
-    def _negotiate(self, link: Link) -> None:
-        agreed = self._opening.open(link, {"CONFIG_CHANGE_MSG": self._note_config_change})
-        self.features = agreed.features
-        self._config = agreed.config
-        self.config_size = agreed.config.size
+    def _negotiate(self, link: Link) -> Agreed:
+        return self._opening.open(link, {"CONFIG_CHANGE_MSG": self._note_config_change})
 
     # -- start and stop ----------------------------------------------------------------
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
         """Start the device with the driver's `features` and its enabled `queues`.
 
-        Returns when the backend has carried out everything.  Raises ProtocolError; the backend is
-        lost then.
+        Returns when the backend has carried out everything.  While one is looked for it returns at
+        once, and that one is started as soon as it is there.  Raises ProtocolError when the backend
+        is lost for good.
         """
-        wanted = Wanted(features & self.features, tuple(queues))
-        self._with_link(lambda link: self._start(link, wanted))
+        with self._lock:
+            self._wanted = Wanted(features & self.features, tuple(queues))
+            self._inflight.drop()
+            self._carry_out(self._start)
 
     def reset(self) -> None:
         """Stop the rings.  The backend touches guest memory no more, or it is lost."""
-        try:
-            self._with_link(self._stop)
-        except ProtocolError as error:
-            log.debug(f"{self.name}: reset: {error}")
+        with self._lock:
+            self._wanted = None
+            self._stranded = False
+            try:
+                self._on_link(self._stop)
+            except ProtocolError as error:
+                log.debug(f"{self.name}: reset: {error}")
+            self._inflight.drop()
+            self._config.written.clear()
 
     def set_call(self, index: int, fd: int | None) -> None:
-        """Send the interrupts of a running queue elsewhere.  Raises ProtocolError."""
-        if any(queue.index == index for queue in self._running):
-            self._with_link(lambda link: rings.send_fd(link.client, "SET_VRING_CALL", index, fd))
+        """Send the interrupts of a running queue elsewhere.  Raises ProtocolError, as `activate` does."""
+        with self._lock:
+            wanted = self._wanted
+            if wanted is not None and any(queue.index == index for queue in wanted.queues):
+                self._wanted = wanted.with_call(index, fd)
+                self._carry_out(lambda link: rings.send_fd(link.client, "SET_VRING_CALL", index, fd))
 
-    def _start(self, link: Link, wanted: Wanted) -> None:
+    def _start(self, link: Link) -> None:
         self._stop(link)
-        self._running = wanted.queues
-        rings.start(link.client, self._memory, wanted, [0] * len(wanted.queues))
+        if self._wanted is not None:
+            self._run(link, self._wanted, [0] * len(self._wanted.queues))
+
+    def _run(self, link: Link, wanted: Wanted, bases: list[int]) -> None:
+        rings.start(link.client, self._memory, wanted, bases, self._inflight)
+        self._running = tuple(zip(wanted.queues, bases, strict=True))
 
     def _stop(self, link: Link) -> None:
-        queues, self._running = self._running, ()
+        queues, self._running = [queue for queue, _ in self._running], ()
         rings.stop(link.client, queues)
 
     # -- configuration space -----------------------------------------------------------
@@ -141,10 +180,12 @@ class Frontend:
 
     def write_config(self, offset: int, data: bytes) -> None:
         """Hand a driver's write on; one that the backend refuses changes nothing else."""
-        try:
-            self._with_link(lambda link: self._write_config(link, offset, data))
-        except ProtocolError as error:
-            log.debug(f"{self.name}: configuration write: {error}")
+        with self._lock:
+            self._config.keep(offset, data)
+            try:
+                self._on_link(lambda link: self._write_config(link, offset, data))
+            except ProtocolError as error:
+                log.debug(f"{self.name}: configuration write: {error}")
 
     def _write_config(self, link: Link, offset: int, data: bytes) -> None:
         try:
@@ -178,6 +219,9 @@ class Frontend:
             return
         if link.notices.ended:
             link.drop_notices(self._loop)
+        self._tell_config_change()
+
+    def _tell_config_change(self) -> None:
         if self._config_changed:
             self._config_changed = False
             self.on_config_change()
@@ -189,20 +233,34 @@ class Frontend:
     # -- loss --------------------------------------------------------------------------
     def _with_link(self, action: Callable[[Link], Result]) -> Result:
         with self._lock:
-            link = self._link
-            if link is None:
-                raise BackendLost(self._lost)
-            try:
-                return action(link)
-            except ProtocolError as error:
-                self._lose(link, str(error))
+            return self._on_link(action)
+
+    def _on_link(self, action: Callable[[Link], Result]) -> Result:
+        link = self._link
+        if link is None:
+            raise BackendLost(self._lost)
+        try:
+            return action(link)
+        except ProtocolError as error:
+            self._lose(link, str(error))
+            raise
+
+    def _carry_out(self, action: Callable[[Link], None]) -> None:
+        """Do what `_wanted` says already; a backend that is still to come does it at its start."""
+        try:
+            self._on_link(action)
+        except RemoteProtocolError:
+            if self._on_loss != RECONNECT or self._endpoint.final or self._given_up:
                 raise
 
     def _lose(self, link: Link, reason: str) -> None:
         """Give the connection up; the lock is held.  The rest is done in the loop's thread."""
         self._link, self._retired = None, link
         self._lost = link.fault or reason
+        # one that neither lived for a while nor used a buffer may have failed at its start
+        self._worked = monotonic() - self._changed_at > LONG_LIFE or moved(self._memory, self._running)
         self._running = ()
+        self._changed_at = monotonic()
         link.shutdown()
         self._loop.call_soon_threadsafe(self._announce_loss)
 
@@ -213,21 +271,84 @@ class Frontend:
         link.unwatch(self._loop)
         link.close()
         self._lost += self._endpoint.explain()
+        if self._on_loss == STOP:
+            raise BackendLost(f"{self.name}: the backend is lost: {self._lost} (--on-backend-loss stop)")
+        if self._on_loss == RECONNECT and not self._endpoint.final:
+            log.warn(f"{self.name}: the backend is lost: {self._lost}; reconnecting")
+            self.on_away()
+            self._recovery.begin(self._worked)
+            return
+        if self._on_loss == RECONNECT:
+            self._lost += f"; it cannot be reconnected: {self._endpoint.final}"
         self.on_lost(self._lost)
+
+    # -- recovery ----------------------------------------------------------------------
+    def _restore(self, sock: socket) -> None:
+        """Make the device of a new connection, in a thread of its own; raises what is wrong with it."""
+        link = self._candidate = Link(sock, self._deadline)
+        try:
+            if self._closed:
+                raise BackendLost(self._lost)
+            agreed = self._negotiate(link)
+            with self._lock:
+                link.client.limit = monotonic() + self._deadline  # a virtual CPU may want the lock
+                self._resume(link, agreed)
+                link.client.limit = inf
+                self._link, self._outage = link, monotonic() - self._changed_at
+                self._changed_at = monotonic()
+        except BaseException:
+            self._running = ()
+            link.close()
+            raise
+        finally:
+            self._candidate = None
+
+    def _resume(self, link: Link, agreed: Agreed) -> None:
+        """Go on where the lost backend stopped, with what the driver wants by now."""
+        wanted = self._wanted
+        self._opening.check(agreed, self._config, wanted.features if wanted is not None else 0)
+        if wanted is not None and not (
+            self._inflight.held or all_in_order(self._memory, wanted.features, wanted.queues)
+        ):
+            self._wanted, self._stranded = None, True
+        elif wanted is not None:
+            bases = [used_index(self._memory, queue) for queue in wanted.queues]
+            self._run(link, wanted, bases)
+            rings.wake(wanted.queues)
+        self._config_changed = agreed.config.succeed(link.client, self._config)
+        self.features, self._config = agreed.features, agreed.config
+
+    def _recovered(self, failure: str) -> None:
+        if failure:
+            self._given_up = True
+            log.warn(f"{self.name}: {failure}; the device stays lost")
+            self.on_lost(f"{self._lost}; {failure}")
+            return
+        if self._link is None:
+            return  # lost again; that is announced next
+        self.start_watching()
+        log.warn(f"{self.name}: reconnected after {self._outage:.2f} s{STRANDED if self._stranded else ''}")
+        if not self._stranded:
+            self.on_back()
+        self._tell_config_change()
 
     def interrupt(self) -> None:
         """Wake a thread that waits for the backend; the backend is lost then."""
-        for link in (self._link, self._retired):
+        for link in (self._link, self._retired, self._candidate):
             if link is not None:
                 link.shutdown("the machine ends")
 
     def close(self) -> None:
         """End the connection and close every descriptor; a waiting thread is woken first."""
+        self._closed = True
+        self._lost = self._lost or "the device was closed"
+        self._recovery.cancel()
         self.interrupt()
+        self._recovery.join(self._deadline)
         with self._lock:
             links = (self._link, self._retired)
             self._link = self._retired = None
-            self._lost = self._lost or "the device was closed"
+            self._inflight.drop()
         for link in links:
             if link is not None:
                 link.unwatch(self._loop)

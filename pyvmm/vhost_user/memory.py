@@ -38,11 +38,17 @@ class MemoryTable:
         self.payload = MemTable(
             tuple(MemRegion(r.address, r.size, USER_BASE + r.address, r.offset) for r in ram.ranges)
         )
+        self.fd = ram.fd
         self.fds = (ram.fd,) * len(ram.ranges)
 
     def user_address(self, guest_address: int) -> int:
         """The user address of a guest address, which must be in RAM."""
+        self.file_offset(guest_address)
+        return USER_BASE + guest_address
+
+    def file_offset(self, guest_address: int) -> int:
+        """Where a guest address, which must be in RAM, lies in the file `fd`."""
         for piece in self._ranges:
             if piece.address <= guest_address < piece.end:
-                return USER_BASE + guest_address
+                return piece.offset + guest_address - piece.address
         raise LocalProtocolError(f"guest address {guest_address:#x} is not in RAM")

@@ -47,11 +47,15 @@ def _bits(*numbers: int) -> int:
 GUEST_FEATURES = _bits(*range(24), 28, 29, 32, 35, 36, 38, *range(50, 64))
 VERSION_1 = 1 << 32
 
-BASIC = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK
+BASIC = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD
 WITH_CONFIG = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
 
 MAX_QUEUES = 256  # the index of SET_VRING_KICK has 8 bits
 MAX_QUEUE_SIZE = 32768
+
+
+class Unfit(ConfigError):
+    """The backend speaks the protocol and cannot be this device."""
 
 
 class Agreed(Record):
@@ -75,6 +79,7 @@ class Opening:
         self._kind = kind
         self._queues = len(queue_sizes)
         self._override = config
+        self._warned = False
         self._check_queues(queue_sizes, force)
 
     def _check_queues(self, sizes: Sequence[int], force: bool) -> None:
@@ -93,18 +98,43 @@ class Opening:
                 )
 
     def open(self, link: Link, handlers: Mapping[str, Handler]) -> Agreed:
-        """Negotiate.  Raises ProtocolError, and ConfigError for a backend that does not fit."""
+        """Negotiate.  Raises ProtocolError, and Unfit for a backend that does not fit."""
         link.open(self._choose, handlers)
         offered = link.client.negotiation.virtio_offered or 0
-        if not offered & VERSION_1:
-            log.warn(f"{self.name}: the backend lacks VIRTIO_F_VERSION_1, which drivers insist on")
         limit = link.client.queue_limit()
         if limit is not None and self._queues > limit:
-            raise ConfigError(
+            raise Unfit(
                 f"{self.name}: {self._queues} queues, but the backend has {limit}; "
                 f"give at most {limit} queue sizes"
             )
-        return Agreed(offered & GUEST_FEATURES, self._find_config(link))
+        agreed = Agreed(offered & GUEST_FEATURES, self._find_config(link))
+        if not self._warned:
+            self._warned = True
+            self._warn(offered, agreed.config)
+        return agreed
+
+    def _warn(self, offered: int, config: LocalConfig) -> None:
+        if not offered & VERSION_1:
+            log.warn(f"{self.name}: the backend lacks VIRTIO_F_VERSION_1, which drivers insist on")
+        if self._override is None and config.size and not isinstance(config, BackendConfig):
+            log.warn(
+                f"{self.name}: the backend has no configuration space, the guest reads zeros; see config="
+            )
+
+    def check(self, agreed: Agreed, before: LocalConfig, features: int) -> None:
+        """Raise Unfit for a backend that cannot go on where the one before stopped.
+
+        `before` is the configuration space that the driver knows, `features` are those it accepted.
+        """
+        lacking = features & ~agreed.features
+        if lacking:
+            raise Unfit(f"it does not offer the feature bits {lacking:#x}, which the driver uses")
+        size, kind = agreed.config.size, type(agreed.config)
+        if size != before.size or kind is not type(before):
+            raise Unfit(
+                f"its configuration space has {size if kind is BackendConfig else 'no'} bytes, "
+                f"that of the one before {before.size}"
+            )
 
     def _choose(self, offered: int) -> int:
         """Ack what will be used, no more: a backend may rely on what is acked."""
@@ -121,8 +151,4 @@ class Opening:
             return LocalConfig(self._override)
         if link.client.negotiation.has(ProtocolFeature.CONFIG):
             return BackendConfig(link.client, size, self._kind.write_policy)
-        if size:
-            log.warn(
-                f"{self.name}: the backend has no configuration space, the guest reads zeros; see config="
-            )
         return LocalConfig(bytes(size))

@@ -7,6 +7,8 @@ they must not know why it is started, nor what happens when a message fails.
 
 from __future__ import annotations
 
+import os
+
 from ..errors import RemoteProtocolError
 from ..record import Record
 from .messages import F_PROTOCOL_FEATURES
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..virtio.queue import QueueSetup
     from .client import Client
+    from .inflight import InflightBuffer
     from .memory import MemoryTable
 
 
@@ -32,7 +35,9 @@ class Wanted(Record):
         return self.replace(queues=tuple(q.replace(call=fd) if q.index == index else q for q in self.queues))
 
 
-def start(client: Client, memory: MemoryTable, wanted: Wanted, bases: Sequence[int]) -> None:
+def start(
+    client: Client, memory: MemoryTable, wanted: Wanted, bases: Sequence[int], inflight: InflightBuffer
+) -> None:
     """Start every ring of `wanted`, each at its available index in `bases`.
 
     Returns when the backend has carried out everything.
@@ -44,6 +49,7 @@ def start(client: Client, memory: MemoryTable, wanted: Wanted, bases: Sequence[i
     call("SET_MEM_TABLE", memory.payload, memory.fds)
     for queue in wanted.queues:  # all sizes first: SPDK wants to know how many queues there are
         call("SET_VRING_NUM", VringState(queue.index, queue.size))
+    inflight.share(client)
     for queue, base in zip(wanted.queues, bases, strict=True):
         _start_ring(client, memory, queue, base)
     if protocol:
@@ -74,6 +80,18 @@ def stop(client: Client, queues: Sequence[QueueSetup]) -> None:
             raise RemoteProtocolError(
                 f"GET_VRING_BASE of ring {queue.index} was answered for ring {base.index}"
             )
+
+
+def wake(queues: Sequence[QueueSetup]) -> None:
+    """Make up for notifications that went to a backend that is gone, or were never sent by it.
+
+    Backend and driver look at their rings again, and find nothing there at worst.
+    """
+    for fd in (fd for queue in queues for fd in (queue.kick, queue.call) if fd is not None):
+        try:
+            os.eventfd_write(fd, 1)
+        except BlockingIOError:
+            continue  # the counter is full: whoever reads it has plenty to wake up for
 
 
 def send_fd(client: Client, name: str, index: int, fd: int | None) -> None:

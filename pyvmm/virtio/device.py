@@ -277,7 +277,8 @@ class VirtioDevice:
 
     def close(self) -> None:
         """Let go of the backend, which stays its owner's, and close the doorbells; no virtual CPU runs."""
-        self.backend.on_config_change = self.backend.on_lost = _nothing
+        backend = self.backend
+        backend.on_config_change = backend.on_lost = backend.on_away = backend.on_back = _nothing
         for kick in self.kicks:
             os.close(kick)
         self.kicks.clear()

@@ -26,7 +26,7 @@ from pyvmm.vhost_user.codec import Message, encode_request
 from pyvmm.vhost_user.memory import GuestRam
 from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, FRONTEND_REQUESTS, HEADER
 from pyvmm.vhost_user.messages import ProtocolFeature as P
-from pyvmm.vhost_user.payloads import U64, Config, Empty, Payload, VringState
+from pyvmm.vhost_user.payloads import U64, Config, Empty, Inflight, Payload, VringState
 from pyvmm.vhost_user.session import Negotiation, Responder
 
 Action = Callable[["FakeBackend", Message], "bytes | None"]
@@ -137,10 +137,21 @@ class FakeBackend:
 
     def answer(self, message: Message) -> bytes:
         """What a good backend answers."""
+        if message.request.name == "GET_INFLIGHT_FD":
+            return self._inflight_buffer(message.payload)
         reply = self._reply(message.request.name, message.payload)
         if reply is not None:
             return self.responder.reply(reply)
         return self.responder.ack()
+
+    def _inflight_buffer(self, asked: Payload) -> bytes:
+        """Sends the reply itself, since a descriptor goes with it."""
+        assert isinstance(asked, Inflight)
+        self.fds.append(fd := os.memfd_create("inflight"))
+        os.ftruncate(fd, 4096)
+        data = self.responder.reply(Inflight(4096, 0, asked.num_queues, asked.queue_size), 1)
+        self.channel.send(data, [fd], monotonic() + 5)
+        return b""
 
     def _reply(self, name: str, payload: Payload) -> Payload | None:
         numbers = {

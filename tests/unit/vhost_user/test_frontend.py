@@ -27,6 +27,7 @@ from pyvmm.vhost_user.payloads import (
     U64,
     Config,
     Empty,
+    Inflight,
     MemRegion,
     MemTable,
     Mmap,
@@ -36,6 +37,7 @@ from pyvmm.vhost_user.payloads import (
 )
 from pyvmm.virtio.queue import QueueSetup
 
+ACKED = P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ | P.INFLIGHT_SHMFD
 SHORT = 0.3  # seconds: the deadline where a backend is silent
 
 
@@ -124,7 +126,7 @@ def test_opening_order(bench: Bench) -> None:
         "GET_CONFIG",
     ]
     acked = next(p.value for n, p, _ in backend.seen if n == "SET_PROTOCOL_FEATURES" and isinstance(p, U64))
-    assert acked == P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ
+    assert acked == ACKED
     assert (frontend.device_id, frontend.queue_sizes, frontend.config_size) == (40, (64, 128), 16)
     assert frontend.shared_memory == ()
 
@@ -204,6 +206,8 @@ def test_starting_and_stopping(bench: Bench) -> None:
         ("SET_MEM_TABLE", MemTable(regions), 2),
         ("SET_VRING_NUM", VringState(0, 64), 0),
         ("SET_VRING_NUM", VringState(1, 64), 0),
+        ("GET_INFLIGHT_FD", Inflight(0, 0, 2, 128), 0),
+        ("SET_INFLIGHT_FD", Inflight(4096, 0, 2, 128), 1),
     ]
     for queue in (first, second):
         i = queue.index
@@ -562,6 +566,8 @@ EVERY_MESSAGE = [
     ("SET_FEATURES", True),
     ("SET_MEM_TABLE", True),
     ("SET_VRING_NUM", True),
+    ("GET_INFLIGHT_FD", True),
+    ("SET_INFLIGHT_FD", True),
     ("SET_VRING_BASE", True),
     ("SET_VRING_ADDR", True),
     ("SET_VRING_CALL", True),
@@ -618,7 +624,7 @@ def test_answering_twice_is_noticed_at_the_next_request(bench: Bench) -> None:
 def test_protocol_features_that_do_not_exist_are_not_acked(bench: Bench) -> None:
     backend = bench.backend(protocol=(1 << 64) - 1)
     bench.frontend(backend)
-    assert ("SET_PROTOCOL_FEATURES", U64(P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ), 0) in backend.seen
+    assert ("SET_PROTOCOL_FEATURES", U64(ACKED), 0) in backend.seen
 
 
 @pytest.mark.parametrize("count", [0, 1])
