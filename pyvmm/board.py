@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .loop import EventLoop
     from .serial import SerialPort
     from .vhost_user.frontend import Frontend
+    from .virtio.device import VirtioDevice
 
 
 class Board:
@@ -46,6 +47,7 @@ class Board:
         self._vm, self._ranges, self._loop, self._config = vm, ranges, loop, config
         self._owned = ExitStack()
         self._has_serial = False
+        self.devices: list[VirtioDevice] = []
         self.mmio, self.pio = Bus("memory"), Bus("ports")
         self.router = InterruptRouter(vm)
         self.pci = PciHost(self.mmio, self.router, layout.mmio64_base(config.memory.size))
@@ -68,6 +70,7 @@ class Board:
             undo.callback(function.close)
             self.pci.add(function)
             undo.pop_all()
+        self.devices.append(function.device)
 
     def tables(self) -> bytes:
         """The ACPI tables that describe all of it, for layout.ACPI_TABLES."""

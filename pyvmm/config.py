@@ -116,7 +116,7 @@ class ConsoleDevice(Record):
 
 class VmConfig(Record):
     """A whole machine.  `deadline` bounds every vhost-user request, in seconds; with `reboot` a guest
-    that asks for a restart gets one, else its run ends there."""
+    that asks for a restart gets one, else its run ends there; `control` is a socket for `pyvmm rings`."""
 
     payload: PayloadConfig
     cpus: CpusConfig = CpusConfig()
@@ -126,6 +126,7 @@ class VmConfig(Record):
     deadline: float = 10.0
     connect_timeout: float = 10.0
     reboot: bool = False
+    control: str = ""
 
 
 def _plain_path(text: str) -> str:

@@ -123,6 +123,8 @@ class Vm:
         machine = self._machine = Machine(self._kvm, self.ram, self.ranges, config, used=False)
         self._open_serial()
         self._connect_devices(machine)
+        if config.control:
+            self._listen(config.control)
         machine.complete(self.loop, self._serial, self._frontends, self._machine_ended)
 
     def _own(self, thing: Any) -> Any:
@@ -145,6 +147,14 @@ class Vm:
             frontend: Frontend = self._own(device.connect(ram, self.loop, self.config))
             self._frontends.append(frontend)
             frontend.start_watching()
+
+    def _listen(self, path: str) -> None:
+        from .control import ControlSocket, describe
+
+        def tell() -> dict[str, Any]:
+            return describe(self.board.devices, self.ranges)
+
+        self._own(ControlSocket(path, tell, self.ram.fd, self.loop))
 
     # -- restarts, in the loop's thread ------------------------------------------------------
     def _start(self) -> None:

@@ -24,6 +24,7 @@ COMMANDS = {
     "boot": "boot any kernel with any devices (cloud-hypervisor's options; the default)",
     "lab": "run a command in an emulated machine that has a real KVM",
     "doctor": "say what this host can do, and how to mend what it cannot",
+    "rings": "show the virtqueues of a running machine",
     "kernel": "list, fetch or build guest kernels",
 }
 _CURES = {

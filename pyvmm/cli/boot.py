@@ -40,6 +40,7 @@ COMMAND = Command(
         Option("--serial", "off|null|tty|pty|file=PATH|socket=PATH", "ttyS0 (default null)"),
         Option("--deadline", "SECONDS", "limit for each vhost-user request (default 10)"),
         Option("--connect-timeout", "SECONDS", "how long to wait for a backend's socket (default 10)"),
+        Option("--control", "SOCKET", "tell at SOCKET where the virtqueues are (see pyvmm rings)"),
         Option("--no-reboot", "", "end when the guest restarts, with status 0"),
         Option("--force", "", "allow devices fewer queues than their drivers need"),
         Option("--verbose", "", "say more; twice: everything", short="-v"),
@@ -92,6 +93,7 @@ def machine(given: Arguments) -> config.VmConfig:
         devices=tuple(_devices(given, console)),
         deadline=config.seconds("--deadline", given.text("deadline", "10")),
         connect_timeout=config.seconds("--connect-timeout", given.text("connect_timeout", "10")),
+        control=given.text("control"),
         reboot=not given.count("no_reboot"),
     )
 

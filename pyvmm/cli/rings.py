@@ -1,0 +1,117 @@
+"""`pyvmm rings`: the virtqueues of a running machine as a table."""
+
+from __future__ import annotations
+
+import sys
+
+from .parse import Command, Option, parse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from ..ringview import LiveQueue, Sample
+
+SHOWN_HEADS = 8
+COMMAND = Command(
+    "rings",
+    "Show the virtqueues of a running machine: indices, what its devices have, who is stuck.",
+    "rings SOCKET [--seconds S] [--descriptors] [--json]",
+    (
+        Option("--seconds", "S", "time between two looks, by which stuck and busy differ (default 1)"),
+        Option("--descriptors", "", "the chains that devices have, descriptor by descriptor"),
+        Option("--json", "", "the same as one JSON object, for programs"),
+    ),
+    examples=(
+        ("a machine that was started with --control", "pyvmm rings /run/vm.sock"),
+        ("what a device sits on", "pyvmm rings /run/vm.sock --seconds 5 --descriptors"),
+    ),
+    details="idle: the device has nothing; busy: it gave something back between the looks; stuck: it\n"
+    "had something all the time and gave nothing back; broken: the indices contradict each other.\n"
+    "Heads are those of a device that gives back in order.  Nothing in the machine is changed.\n"
+    "Exit status: 0, or 1 when a queue is stuck or broken.",
+    words=True,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Look twice and print what was found."""
+    from .. import config
+    from ..errors import ConfigError
+
+    given = parse(COMMAND, argv)
+    if len(given.words) != 1:
+        raise ConfigError(
+            "SOCKET is missing: name the --control socket of a machine (see pyvmm rings --help)"
+        )
+    from ..control import ask
+    from ..ringview import BROKEN, STUCK
+
+    seconds = config.seconds("--seconds", given.text("seconds", "1"))
+    rows = look(*ask(given.words[0]), seconds)
+    sys.stdout.write(as_json(rows) if given.count("json") else as_table(rows, given.count("descriptors") > 0))
+    return 1 if any(row["state"] in (STUCK, BROKEN) for row in rows) else 0
+
+
+def look(machine: dict[str, Any], ram_fd: int, seconds: float) -> list[dict[str, Any]]:
+    """One row for each queue, from two looks; `ram_fd` is closed."""
+    import os
+    from time import sleep
+
+    from .. import ringview as rings
+
+    try:
+        queues = rings.live_queues(machine, ram_fd)
+    finally:
+        os.close(ram_fd)
+    before = [rings.sample(queue.ring) for queue in queues]
+    sleep(seconds)
+    return [_row(queue, earlier) for queue, earlier in zip(queues, before, strict=True)]
+
+
+def _row(queue: LiveQueue, before: Sample) -> dict[str, Any]:
+    from .. import ringview as rings
+
+    now = rings.sample(queue.ring)
+    return {
+        "device": queue.device,
+        "queue": queue.index,
+        "size": now.size,
+        "avail": now.avail,
+        "used": now.used,
+        "outstanding": now.outstanding,
+        "state": rings.state(before, now),
+        "chains": {head: list(queue.ring.chain(head)) for head in queue.ring.in_flight()},
+    }
+
+
+def as_table(rows: Sequence[dict[str, Any]], descriptors: bool) -> str:
+    """Columns for people."""
+    width = max([6, *(len(row["device"]) for row in rows)])
+    lines = [f"{'device':<{width}}  queue   size  avail   used  state   heads"]
+    for row in rows:
+        heads = list(row["chains"])
+        more = " ..." if len(heads) > SHOWN_HEADS else ""
+        lines.append(
+            f"{row['device']:<{width}}  {row['queue']:>5}  {row['size']:>5}  {row['avail']:>5}"
+            f"  {row['used']:>5}  {row['state']:<6}  {' '.join(map(str, heads[:SHOWN_HEADS]))}{more}".rstrip()
+        )
+        if descriptors:
+            lines += [_descriptor(head, *part) for head in heads for part in row["chains"][head]]
+    return "".join(line + "\n" for line in lines)
+
+
+def _descriptor(head: int, address: int, length: int, flags: int) -> str:
+    from ..ringview import INDIRECT, WRITE
+
+    what = "device writes" if flags & WRITE else "device reads"
+    table = ", a table of descriptors" if flags & INDIRECT else ""
+    return f"    head {head}: {address:#x}, {length} bytes, {what}{table}"
+
+
+def as_json(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows; `chains` maps a head to address, length and flags of its descriptors."""
+    import json
+
+    return json.dumps({"queues": rows}, indent=2) + "\n"
