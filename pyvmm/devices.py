@@ -197,13 +197,27 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     kind = find_kind(option, device.device_type)
     if kind.refused:
         raise ConfigError(f"{option}: {kind.name} is impossible: {kind.refused}")
-    sizes = device.queue_sizes or (256,) * kind.usual_queues
-    fault = kind.queue_fault(len(sizes))
-    if fault and not device.force:
-        raise ConfigError(f"{option}: {fault}; give so many queue_sizes=, or --force if you know the driver")
-    where = device.socket if device.fd < 0 else device.fd
+    sizes = device.queue_sizes or kind.usual_sizes
     config = config_bytes(option, device.config, kind)
+    if not device.force:
+        _check_kind(option, kind, sizes, config)
+    where = device.socket if device.fd < 0 else device.fd
     return Prepared(device.id or kind.name, kind, sizes, where, config=config, force=device.force)
+
+
+def _check_kind(option: str, kind: Kind, sizes: tuple[int, ...], config: bytes | None) -> None:
+    """Refuse what drivers or backends of this kind cannot do with."""
+    fault = kind.queue_fault(len(sizes))
+    if fault:
+        raise ConfigError(f"{option}: {fault}; give so many queue_sizes=, or --force if you know the driver")
+    fault = kind.size_fault(sizes)
+    if fault:
+        raise ConfigError(f"{option}: {fault}; give smaller queue_sizes=, or force=on if yours takes more")
+    if config and kind.config and len(config) > kind.config_size:
+        raise ConfigError(
+            f"{option}: config= is {len(config)} bytes, {kind.name} has {kind.config_size}; "
+            f"give at most those, or force=on for a newer driver"
+        )
 
 
 def _fs(device: cfg.FsDevice) -> Prepared:

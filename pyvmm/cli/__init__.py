@@ -23,6 +23,7 @@ COMMANDS = {
     "run": "run a command in a fresh guest that has this host's files",
     "boot": "boot any kernel with any devices (cloud-hypervisor's options; the default)",
     "lab": "run a command in an emulated machine that has a real KVM",
+    "devices": "list the kinds of devices, their drivers and backends",
     "doctor": "say what this host can do, and how to mend what it cannot",
     "rings": "show the virtqueues of a running machine",
     "kernel": "list, fetch or build guest kernels",

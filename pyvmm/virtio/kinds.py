@@ -17,6 +17,9 @@ a kind is data, and an id that is not here works too.
     whole    handed on with everything before it: the driver selects what it then reads, and backends want
              the selectors together (input)
     absorb   kept by the VMM and read back: the driver tells the device what backends refuse to be told
+
+`max_size` is the largest queue that the known backends take; those in Rust end the connection at a
+larger one.  Drivers and backends themselves are in `served`, since only people ask for them.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from ..record import Record
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     Field = tuple[str, int]  # name, width in bytes; widths above 8 are byte strings
 
@@ -34,6 +37,7 @@ ANY, PAIRS, PORTS, FIXED = "any", "pairs", "ports", "fixed"
 UNCLASSIFIED = 0xFFFF  # base class and subclass of a device that fits no class
 PAIR = 2
 CONFIG_MAX = 4096  # bytes of configuration that the transport has room for
+SIZE_MAX, USUAL_SIZE = 32768, 256  # entries of a virtqueue (virtio 1.2, 2.7), and of one that nobody sized
 
 
 class Kind(Record):
@@ -50,7 +54,13 @@ class Kind(Record):
     write_policy: str = FORWARD
     pci_class: int = UNCLASSIFIED
     title: str = ""
+    max_size: int = SIZE_MAX
     refused: str = ""
+
+    @property
+    def usual_sizes(self) -> tuple[int, ...]:
+        """Queue sizes for who gives none: as many as usual, and as large as every backend takes."""
+        return (min(USUAL_SIZE, self.max_size),) * self.usual_queues
 
     @property
     def config_size(self) -> int:
@@ -73,6 +83,20 @@ class Kind(Record):
         if self.queue_rule == FIXED and count > self.usual_queues:
             return f"{self.name} has at most {self.usual_queues} queues, {count} given"
         return None
+
+    def size_fault(self, sizes: Iterable[int]) -> str | None:
+        """What is wrong with queues of these sizes, in words, or None."""
+        for size in sizes:
+            if size > self.max_size:
+                return f"{self.name} backends take at most {self.max_size} entries a queue, {size} given"
+        return None
+
+    def backend_limit(self, reported: int) -> int:
+        """How many queues a backend has whose GET_QUEUE_NUM says `reported`.
+
+        Network backends count pairs, as QEMU does (vhost_net_get_max_queues); a control queue may follow.
+        """
+        return PAIR * reported + 1 if self.queue_rule == PAIRS else reported
 
 
 _NET = (
@@ -124,21 +148,21 @@ _SPI = (
 KINDS = (
     Kind(1, "net", ("network",), 2, 3, PAIRS, _NET, pci_class=0x0200, title="network card"),
     Kind(2, "block", ("blk", "disk"), 1, 1, ANY, _BLK, pci_class=0x0180, title="block device"),
-    Kind(3, "console", ("serial",), 2, 4, PORTS, _CONSOLE, pci_class=0x0780, title="console"),
-    Kind(4, "rng", ("entropy",), 1, 1, FIXED, title="entropy source"),
+    Kind(3, "console", ("serial",), 2, 4, PORTS, _CONSOLE, pci_class=0x0780, title="console", max_size=128),
+    Kind(4, "rng", ("entropy",), 1, 1, FIXED, title="entropy source", max_size=1024),
     Kind(5, "balloon", (), 2, 5, FIXED, _BALLOON, title="memory balloon (traditional)"),
     Kind(6, "iomem", (), title="ioMemory"),
     Kind(7, "rpmsg", (), 2, 2, FIXED, title="remote processor messages"),
-    Kind(8, "scsi", (), 3, 3, ANY, _SCSI, ABSORB, 0x0100, "SCSI host"),
+    Kind(8, "scsi", (), 3, 3, ANY, _SCSI, ABSORB, 0x0100, "SCSI host", 128),
     Kind(9, "9p", ("9pfs",), config=(("tag_len", 2), ("tag", 254)), pci_class=0x0180, title="9P transport"),
     Kind(10, "mac80211_wlan", ("mac80211-wlan",), pci_class=0x0280, title="mac80211 wireless card"),
     Kind(11, "rproc_serial", ("rproc-serial",), 2, 4, PORTS, _CONSOLE, title="remote processor serial link"),
     Kind(12, "caif", (), 2, 2, FIXED, title="CAIF"),
     Kind(13, "memory_balloon", ("memory-balloon",), title="memory balloon"),
-    Kind(16, "gpu", (), 2, 2, FIXED, _GPU, pci_class=0x0380, title="graphics"),
-    Kind(17, "rtc", ("clock", "timer"), 1, 2, FIXED, title="real-time clock"),
-    Kind(18, "input", (), 2, 2, FIXED, _INPUT, WHOLE, 0x0980, "input device"),
-    Kind(19, "vsock", ("socket",), 3, 3, FIXED, (("guest_cid", 8),), title="socket"),
+    Kind(16, "gpu", (), 2, 2, FIXED, _GPU, pci_class=0x0380, title="graphics", max_size=1024),
+    Kind(17, "rtc", ("clock", "timer"), 1, 2, FIXED, title="real-time clock", max_size=1024),
+    Kind(18, "input", (), 2, 2, FIXED, _INPUT, WHOLE, 0x0980, "input device", 1024),
+    Kind(19, "vsock", ("socket",), 3, 3, FIXED, (("guest_cid", 8),), title="socket", max_size=1024),
     Kind(20, "crypto", (), 2, 2, ANY, _CRYPTO, pci_class=0x1080, title="cryptography"),
     Kind(21, "signal_dist", ("signal-dist",), title="signal distribution module"),
     Kind(22, "pstore", (), title="persistent store"),
@@ -150,6 +174,7 @@ KINDS = (
     Kind(
         25, "sound", ("snd",), 4, 4, FIXED,
         (("jacks", 4), ("streams", 4), ("chmaps", 4), ("controls", 4)), pci_class=0x0401, title="sound card",
+        max_size=64,
     ),
     Kind(26, "fs", ("filesystem",), 2, 2, ANY, _FS, pci_class=0x0180, title="file system"),
     Kind(27, "pmem", (), 1, 1, FIXED, (("start", 8), ("size", 8)), title="persistent memory"),
@@ -160,11 +185,11 @@ KINDS = (
     Kind(29, "mac80211_hwsim", ("mac80211-hwsim",), 2, 2, FIXED, title="simulated wireless card"),
     Kind(30, "video_encoder", ("video-encoder",), 2, 2, FIXED, title="video encoder"),
     Kind(31, "video_decoder", ("video-decoder",), 2, 2, FIXED, title="video decoder"),
-    Kind(32, "scmi", (), 1, 2, FIXED, title="system control and management interface"),
+    Kind(32, "scmi", (), 1, 2, FIXED, title="system control and management", max_size=1024),
     Kind(33, "nitro_sec_mod", ("nitro-sec-mod",), title="Nitro secure module"),
-    Kind(34, "i2c", ("i2c-adapter",), 1, 1, FIXED, pci_class=0x0C80, title="I2C adapter"),
+    Kind(34, "i2c", ("i2c-adapter",), 1, 1, FIXED, pci_class=0x0C80, title="I2C adapter", max_size=1024),
     Kind(35, "watchdog", (), title="watchdog", refused="a backend has no way to reset the guest"),
-    Kind(36, "can", (), 3, 3, FIXED, (("status", 2),), pci_class=0x0C09, title="CAN controller"),
+    Kind(36, "can", (), 3, 3, FIXED, (("status", 2),), pci_class=0x0C09, title="CAN controller", max_size=64),
     Kind(37, "dmabuf", (), title="DMA buffers"),
     Kind(38, "param_serv", ("parameter-server",), title="parameter server"),
     Kind(39, "audio_policy", ("audio-policy",), title="audio policy"),
@@ -174,17 +199,17 @@ KINDS = (
     ),
     Kind(
         41, "gpio", (), 1, 2, FIXED, (("ngpio", 2), ("padding", 2), ("gpio_names_size", 4)),
-        title="GPIO controller",
+        title="GPIO controller", max_size=256,
     ),
     Kind(42, "rdma", (), title="RDMA"),
     Kind(43, "camera", (), title="camera"),
     Kind(44, "ism", (), title="internal shared memory"),
-    Kind(45, "spi", (), 1, 1, FIXED, _SPI, pci_class=0x0C80, title="SPI controller"),
+    Kind(45, "spi", (), 1, 1, FIXED, _SPI, pci_class=0x0C80, title="SPI controller", max_size=1024),
     Kind(46, "tee", (), title="trusted execution environment"),
     Kind(47, "cpu_balloon", ("cpu-balloon",), title="CPU balloon"),
     Kind(
         48, "media", (), 2, 2, FIXED, (("device_caps", 4), ("device_type", 4), ("card", 32)),
-        pci_class=0x0480, title="V4L2 media device",
+        pci_class=0x0480, title="V4L2 media device", max_size=1024,
     ),
     Kind(49, "usb", (), title="USB controller"),
 )  # fmt: skip

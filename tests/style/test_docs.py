@@ -109,7 +109,11 @@ def test_every_exit_status_is_in_the_table() -> None:
 def test_the_table_of_kinds_is_the_program_s(kind) -> None:  # type: ignore[no-untyped-def]
     spelled = ", ".join(f"`{name}`" for name in (kind.name, *kind.aliases))
     rule = f"refused: {kind.refused}" if kind.refused else kind.queue_rule
-    row = f"| {kind.device_id} | {spelled} | {kind.min_queues} | {kind.usual_queues} | {rule} |"
+    config = f"{kind.config_size}, {kind.write_policy}" if kind.config else ""
+    row = (
+        f"| {kind.device_id} | {spelled} | {kind.min_queues} | {kind.usual_queues} | {rule} "
+        f"| {kind.usual_sizes[0]} of {kind.max_size} | {config} |"
+    )
     assert row in DEVICES.splitlines()
 
 

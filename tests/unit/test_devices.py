@@ -106,6 +106,10 @@ def test_config_errors(text: str, message: str) -> None:
         (GenericDevice("iommu", "s"), "iommu is impossible: "),
         (GenericDevice("fs", "s", (64,)), "fs needs at least 2 queues, 1 given; .*--force"),
         (GenericDevice("console", "s", (64,) * 3), "even number of queues"),
+        (GenericDevice("scsi", "s", (128, 128, 256)), "at most 128 entries a queue, 256 given; .*force=on"),
+        (GenericDevice("vsock", "s", (2048,) * 3), "vsock backends take at most 1024 entries"),
+        (GenericDevice("sound", "s", (64,) * 5), "sound has at most 4 queues, 5 given"),
+        (GenericDevice("vsock", "s", config="00" * 9), "config= is 9 bytes, vsock has 8; .*force=on"),
         (RngDevice("/nowhere"), "--rng: src=/nowhere: No such file.*; name a readable file or device"),
         (RngDevice("/"), "--rng: src=/: is a directory"),
         (FsDevice("t", "/nowhere"), "--fs: dir=/nowhere: no such directory"),
@@ -118,7 +122,11 @@ def test_what_is_refused_before_anything_starts(device: Record, message: str) ->
 
 def test_usual_queues_and_force() -> None:
     assert devices.prepare(GenericDevice("net", "s")).queue_sizes == (256,) * 3
+    assert devices.prepare(GenericDevice("scsi", "s")).queue_sizes == (128,) * 3
     assert devices.prepare(GenericDevice("fs", "s", (64,), force=True)).queue_sizes == (64,)
+    assert devices.prepare(GenericDevice("scsi", "s", (256,) * 3, force=True)).queue_sizes == (256,) * 3
+    devices.prepare(GenericDevice("vsock", "s", config="00" * 9, force=True))
+    devices.prepare(GenericDevice("rng", "s", config="00" * 9))  # nothing is known of an rng's
     assert devices.prepare(FsDevice("t", socket="s", num_queues=2)).queue_sizes == (1024,) * 3
     assert devices.prepare(GenericDevice("fs", "s", id="mine")).name == "mine"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.virtio import kinds, spec
+from pyvmm.virtio import kinds, served, spec
 
 HEADERS = Path("/usr/include/linux")
 # What cloud-hypervisor's --generic-vhost-user takes for device_type
@@ -88,6 +88,54 @@ def test_queue_rules(name, count, text):
     fault = kind.queue_fault(count)
     assert text in fault if text else fault is None
     assert kind.queue_fault(kind.usual_queues) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "text"),
+    [
+        ("scsi", (128, 128), ""), ("scsi", (), ""), ("scsi", (128, 256), "most 128 entries a queue, 256 given"),
+        ("sound", (128,) * 4, "at most 64"), ("vsock", (1024,) * 3, ""), ("net", (32768,) * 2, ""),
+    ],
+)  # fmt: skip
+def test_size_rules(name, sizes, text):
+    kind = kinds.by_name(name)
+    assert kind is not None
+    fault = kind.size_fault(sizes)
+    assert text in fault if text else fault is None
+
+
+def test_usual_sizes_fit_every_backend():
+    for kind in (*kinds.KINDS, kinds.of(60)):
+        assert kind.size_fault(kind.usual_sizes) is None
+        assert len(kind.usual_sizes) == kind.usual_queues
+        assert all(1 <= size <= 256 and size & (size - 1) == 0 for size in kind.usual_sizes)
+    assert {kind.name: kind.usual_sizes[0] for kind in kinds.KINDS if kind.usual_sizes[0] != 256} == {
+        "console": 128, "scsi": 128, "sound": 64, "can": 64,
+    }  # fmt: skip
+
+
+def test_network_backends_count_pairs():
+    assert kinds.of(1).backend_limit(1) == 3
+    assert kinds.of(2).backend_limit(4) == 4
+
+
+def test_served_names_kinds():
+    for number, row in served.SERVED.items():
+        assert number == 63 or kinds.by_id(number) is not None
+        for command in (*row.backends, *row.untested):
+            assert command.format(socket="x.sock") != command, "the socket has a place"
+            assert served.program(command)
+        assert all(name.isupper() for name in row.drivers)
+    assert {"rng", "console"} <= {
+        kinds.of(number).name for number, row in served.SERVED.items() if row.option
+    }
+
+
+def test_some_programs_append_a_number_to_the_socket():
+    command = next(line for line in served.SERVED[4].backends if line.startswith("vhost-device"))
+    assert served.listens_at(command, "a.sock") == "a.sock0"
+    assert served.listens_at(served.SERVED[26].backends[0], "a.sock") == "a.sock"
+    assert served.program(served.SERVED[3].backends[0]) == "pyvmm.backend.console"
 
 
 def test_every_row_is_whole():
