@@ -1,0 +1,70 @@
+"""A driver of an entropy device in a whole machine, run by the test beside the guest.
+
+The guest only spins: the test's thread is its driver, on the machine's own buses and memory.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+
+from fakes.driver import ConfigAccess, VirtioDriver
+
+from pyvmm.virtio import spec
+from pyvmm.vm import STOPPED
+
+BUFFER = 0x30_0000
+
+
+class Entropy:
+    """The driver of an entropy device of `built`, whose rings are at `base`."""
+
+    def __init__(self, built, slot, base):
+        self.driver = VirtioDriver(built.board.mmio, ConfigAccess(built.board.mmio, slot))
+        self._ram, self._base, self._count = built.ram, base, 0
+
+    def start(self):
+        driver = self.driver
+        driver.probe()
+        assert driver.negotiate()
+        driver.queue(0, self._base, 8)
+        driver.add_status(spec.DRIVER_OK)
+        self._used = self._base + spec.desc_bytes(8) + spec.avail_bytes(8) + 3 & ~3
+
+    def ask(self, seconds=10.0):
+        """Offer a buffer; whether it comes back in time."""
+        avail = self._base + spec.desc_bytes(8)
+        self._count += 1
+        with memoryview(self._ram) as ram:
+            struct.pack_into("<QIHH", ram, self._base, BUFFER, 64, 2, 0)
+            struct.pack_into("<HHH", ram, avail, 0, self._count, 0)
+        self.driver.notify(0)
+        due = time.monotonic() + seconds
+        while time.monotonic() < due:
+            with memoryview(self._ram) as ram:
+                if struct.unpack_from("<H", ram, self._used + 2)[0] == self._count:
+                    return True
+            time.sleep(0.002)
+        return False
+
+
+def scenario(built, loop, steps):
+    """Run `built` and `steps()` beside it; what went wrong in the steps is raised."""
+    failures = []
+
+    def play():
+        try:
+            steps()
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            built.stop()
+
+    thread = threading.Thread(target=play)
+    thread.start()
+    outcome = built.run()
+    thread.join()
+    if failures:
+        raise failures[0]
+    assert outcome.kind == STOPPED
