@@ -6,9 +6,10 @@ a slot, a route or an eventfd, and keeps no book about them.  Every method that 
 refuses raises `KvmError` with its errno.  Source: Linux Documentation/virt/kvm/api.rst.
 """
 
-from libc.errno cimport E2BIG, errno
+from libc.errno cimport E2BIG, EINTR, errno
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from cpython.exc cimport PyErr_CheckSignals
 
 import os
 
@@ -63,11 +64,14 @@ cdef class Descriptor:
     cdef int _plain(self, unsigned long request, unsigned long argument, str name) except -1:
         """An ioctl whose argument is a number."""
         cdef int result
-        with nogil:
-            result = c.ioctl(self.fd, request, argument)
-        if result < 0:
-            raise refused(name, errno)
-        return result
+        while True:
+            with nogil:
+                result = c.ioctl(self.fd, request, argument)
+            if result >= 0:
+                return result
+            if errno != EINTR:
+                raise refused(name, errno)
+            PyErr_CheckSignals()  # KVM_CREATE_VM gives up when a signal comes
 
     cdef int _struct(self, unsigned long request, void *argument, str name) except -1:
         """An ioctl whose argument is a struct."""

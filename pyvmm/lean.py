@@ -70,6 +70,7 @@ class Thread:
     def __init__(self, target: Callable[..., None], *args: object) -> None:
         from _thread import start_new_thread
 
+        self._ended = False
         self._running: LockType = Lock()
         self._running.acquire()
         previous = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
@@ -82,14 +83,15 @@ class Thread:
         try:
             target(*args)
         finally:
+            self._ended = True
             self._running.release()
 
     def join(self, timeout: float = -1) -> bool:
         """Wait for the end, at most `timeout` seconds; whether it came."""
-        ended = self._running.acquire(timeout=timeout)
-        if ended:
+        if not self._ended and self._running.acquire(timeout=timeout):
+            # A signal handler that raises here leaves the lock taken; whoever joins next does not need it.
             self._running.release()
-        return ended
+        return self._ended
 
 
 class Task(Thread):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import signal
 
 import pytest
 
@@ -41,6 +42,20 @@ def test_system(guest):
     assert guest.kvm.check_extension(kvm.KVM_CAP_NR_MEMSLOTS) >= 32
     assert guest.vm.check_extension(kvm.KVM_CAP_IOEVENTFD) == 1
     assert guest.kvm.check_extension(99_999) == 0
+
+
+def test_signals_do_not_keep_a_machine_from_being_made(guest):
+    """KVM_CREATE_VM takes a lock that it gives up for any signal."""
+    seen = []
+    previous = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
+    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+    try:
+        for _ in range(200):
+            guest.kvm.create_vm().close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert seen
 
 
 def test_whole_guest_leaks_no_descriptor_and_no_mapping(need_kvm):

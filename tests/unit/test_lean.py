@@ -68,6 +68,14 @@ def test_threads_are_joined_or_not_in_time() -> None:
     assert in_main_thread()
 
 
+def test_a_join_that_a_signal_interrupted_does_not_stop_the_next() -> None:
+    """A handler that raises may do so after the lock was taken and before it is given back."""
+    thread = Thread(lambda: None)
+    assert thread.join(10)
+    thread._running.acquire()
+    assert thread.join(0.01)
+
+
 def test_signals_are_the_usual_ones() -> None:
     import signal as documented
 
