@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from fuzz import frontend
-from fuzz.source import Input, Ledger, answer, descriptors, open_descriptors, payload
+from fuzz.source import Input, Ledger, answer, descriptors, encoded, open_descriptors, payload
 
 from pyvmm import config as cfg
 from pyvmm import devices
@@ -134,7 +134,7 @@ def _hostile_requests(source: Input, _: Requester, responder: Responder, ledger:
         row = responder.table.get(source.byte())
         said = payload(row.payload, source)
         count = source.byte() % 36
-        data = HEADER.pack(row.id, 1 | (source.byte() & 8), len(said.encode())) + said.encode()
+        data = HEADER.pack(row.id, 1 | (source.byte() & 8), len(encoded(said))) + encoded(said)
         data += source.take(source.byte() >> 4)
         for message in _feed(responder.decoder, data, ledger.make(count), ledger):
             responder.received(message)

@@ -29,6 +29,7 @@ OPENING = (
 )
 STARTING = ["SET_FEATURES", "SET_MEM_TABLE", "SET_VRING_NUM"]
 STARTING += ["SET_VRING_BASE", "SET_VRING_ADDR", "SET_VRING_CALL", "SET_VRING_KICK", "SET_VRING_ENABLE"]
+ONE_QUEUE = 93  # the step that starts the device, with one queue
 STOPPING = ("SET_VRING_ENABLE",)
 
 
@@ -120,10 +121,20 @@ def frontends() -> list[bytes]:
 
     opened = says(part("frontend").byte(1), OPENING).data
     change = encode_request(BACKEND_REQUESTS.by_name["CONFIG_CHANGE_MSG"], Empty(), 0, True)
-    start = says(Writer().byte(0x43), acks(STARTING, 1)).byte(0).data  # one queue, no requests of its own
+    start = (
+        says(Writer().byte(ONE_QUEUE), acks(STARTING, 1)).byte(0).data
+    )  # one queue, no requests of its own
     stop = says(Writer().byte(2), acks(STOPPING, 1) + rings([VringState(0, 7)])).byte(0).data
+    keep = OPENING[:1] + (encode_reply(ROW["GET_PROTOCOL_FEATURES"], U64(PROTOCOL | P.INFLIGHT_SHMFD)),)
+    tracked = says(part("frontend").byte(1), keep + OPENING[2:]).byte(ONE_QUEUE, len(STARTING) + 2).data
+    for data in acks(STARTING[:3], 1):
+        tracked += bytes((0, len(data))) + data
+    buffer = encode_reply(ROW["GET_INFLIGHT_FD"], Inflight(4096, 0, 2, 64), 1)
+    tracked += bytes((4, len(buffer))) + buffer
+    for data in acks(["SET_INFLIGHT_FD", *STARTING[3:]], 1):
+        tracked += bytes((0, len(data))) + data
     read = says(Writer().byte(0), OPENING[-1:]).byte(1, 0).block(change).byte(0, 4).data
-    return [opened, opened + start + read + stop, opened + start + start[:40], opened + stop]
+    return [opened, opened + start + read + stop, opened + start + start[:40], opened + stop, tracked]
 
 
 def options() -> list[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes.program import environment
@@ -37,6 +38,20 @@ def test_seeds_go_the_whole_way(data: bytes) -> None:
     """Ends that are errors would mean that a part is not reached."""
     end = parts.run(data)
     assert end == "done" or parts.NAMES[data[0]] == "option"
+
+
+def test_seeds_start_and_stop_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    request = session.Requester.request
+
+    def note(requester: session.Requester, name: str, *rest: Any) -> bytes:
+        asked.append(name)
+        return request(requester, name, *rest)
+
+    monkeypatch.setattr(session.Requester, "request", note)
+    for data in seeds.frontends():
+        parts.run(data)
+    assert {"SET_INFLIGHT_FD", "SET_VRING_ENABLE", "GET_VRING_BASE", "GET_CONFIG"} <= set(asked)
 
 
 def _forgets(decoder: codec.Decoder) -> None:
