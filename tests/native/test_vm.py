@@ -17,6 +17,7 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 from fakes import backend as fake
 from fakes.backend import FakeBackend, no_new_fds
 from fakes.driver import ConfigAccess, VirtioDriver
+from fakes.entropy import Entropy, scenario
 from fakes.program import LIMIT, POWER_OFF, RESTART, SPIN, children, pvh_elf
 
 from pyvmm import config as cfg
@@ -29,7 +30,7 @@ from pyvmm.vm import CRASH, OFF, RESET, STOPPED, Vm
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("need_kvm")]
 
 BASE = 0x40_0000  # of the guest's code; rings are below
-RINGS, BUFFER = 0x10_0000, 0x30_0000
+RINGS = 0x10_0000
 RNG = cfg.RngDevice("/dev/zero")
 CONSOLE = cfg.ConsoleDevice(cfg.StreamConfig("null"))
 I8042 = bytes.fromhex("b0fe e664 ebfe")  # mov al, 0xfe; out 0x64, al; jmp $
@@ -208,59 +209,6 @@ def test_prefaulted_memory_is_there(machine, loop):
 
 
 # -- lost backends -------------------------------------------------------------------------
-
-
-class Entropy:
-    """The driver of an entropy device of `built`, whose rings are at `base`."""
-
-    def __init__(self, built, slot, base):
-        self.driver = VirtioDriver(built.board.mmio, ConfigAccess(built.board.mmio, slot))
-        self._ram, self._base, self._count = built.ram, base, 0
-
-    def start(self):
-        driver = self.driver
-        driver.probe()
-        assert driver.negotiate()
-        driver.queue(0, self._base, 8)
-        driver.add_status(spec.DRIVER_OK)
-        self._used = self._base + spec.desc_bytes(8) + spec.avail_bytes(8) + 3 & ~3
-
-    def ask(self, seconds=10.0):
-        """Offer a buffer; whether it comes back in time."""
-        avail = self._base + spec.desc_bytes(8)
-        self._count += 1
-        with memoryview(self._ram) as ram:
-            struct.pack_into("<QIHH", ram, self._base, BUFFER, 64, 2, 0)
-            struct.pack_into("<HHH", ram, avail, 0, self._count, 0)
-        self.driver.notify(0)
-        due = time.monotonic() + seconds
-        while time.monotonic() < due:
-            with memoryview(self._ram) as ram:
-                if struct.unpack_from("<H", ram, self._used + 2)[0] == self._count:
-                    return True
-            time.sleep(0.002)
-        return False
-
-
-def scenario(built, loop, steps):
-    """Run `built` and `steps()` beside it; what went wrong in the steps is raised."""
-    failures = []
-
-    def play():
-        try:
-            steps()
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            built.stop()
-
-    thread = threading.Thread(target=play)
-    thread.start()
-    outcome = built.run()
-    thread.join()
-    if failures:
-        raise failures[0]
-    assert outcome.kind == STOPPED
 
 
 def await_reset_wish(driver):
