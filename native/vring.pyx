@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-"""Split virtqueues in shared memory, seen from the device (virtio 1.3, section 2.7).
+"""Virtqueues in shared memory, seen from the device: split and packed (virtio 1.3, 2.7 and 2.8).
 
 It owns the loads and stores on the rings, their ordering, and the proof that everything
 a driver wrote there lies inside the memory that the frontend gave us.  It knows nothing
@@ -86,6 +86,13 @@ cdef enum:
     USED_BYTES = 8
     MAX_SIZE = 32768
     LEAST_CHAIN_LIMIT = 1024    # drivers exceed the queue size with indirect tables; QEMU allows 1024
+    # packed rings: descriptor flags, and flags of the event suppression structures
+    DESC_AVAIL = 1 << 7
+    DESC_USED = 1 << 15
+    EVENT_BYTES = 4
+    EVENTS_ON = 0
+    EVENTS_OFF = 1
+    EVENTS_AT = 2
     INLINE_SEGMENTS = 8
 
 cdef enum Verdict:
@@ -142,6 +149,13 @@ cdef struct Descriptor:
     uint32_t length
     uint16_t flags
     uint16_t next
+
+
+cdef struct Token:
+    # what gives a chain back: its head or, in packed rings, its buffer ID, and how many
+    # descriptors of the ring it takes
+    uint16_t head
+    uint16_t slots
 
 
 cdef void segments_start(Segments *self) noexcept nogil:
@@ -338,12 +352,12 @@ cdef class Chain:
     is dropped silently.
     """
 
-    cdef VRing ring
+    cdef Ring ring
     cdef GuestMemory memory
     cdef Segments parts
     cdef uint64_t read_at
     cdef uint64_t write_at
-    cdef readonly uint16_t head
+    cdef Token token
     cdef readonly bint pushed
 
     def __cinit__(self):
@@ -351,6 +365,11 @@ cdef class Chain:
 
     def __dealloc__(self):
         segments_free(&self.parts)
+
+    @property
+    def head(self):
+        """The index of its first descriptor; in packed rings its buffer ID."""
+        return self.token.head
 
     @property
     def readable(self):
@@ -414,7 +433,7 @@ cdef class Chain:
         if self.pushed:
             raise ValueError("the chain was already given back to the driver")
         self.pushed = True
-        self.ring.complete(self.head, self.write_at if length is None else length)
+        self.ring.complete(&self.token, self.write_at if length is None else length)
 
     cdef void _copy(
         self, uint32_t first, uint32_t end, uint64_t skip, char *data, uint64_t count, bint to_guest
@@ -456,99 +475,31 @@ cdef class Chain:
         return views
 
 
-@cython.final
-cdef class VRing:
-    """One split virtqueue; `desc`, `avail` and `used` are user addresses of the frontend.
+cdef class Ring:
+    """What both formats share; `desc`, `avail` and `used` are user addresses of the frontend.
 
-    `base` is the available index to start from.  The used index goes on from what the
-    ring holds.  A ring that is misaligned or not inside one mapped region, or whose size
-    is not a power of two up to 32768, raises ValueError.  Use it from one thread at a time.
-
-    `inflight` is writable memory in which the chains in hand are marked.  If a predecessor has
-    used it, the chains that it held come again, before new ones, and the marks decide
-    where the available index goes on; `base` then does not count, and `resumed` is true.
+    In packed rings these are the descriptor ring, the driver's and the device's event
+    suppression structures.  A ring that is misaligned or not inside one mapped region, or
+    whose size the format does not allow, raises ValueError.  Use it from one thread at a time.
     """
 
     cdef GuestMemory memory
     cdef char *desc
     cdef char *avail
     cdef char *used
-    cdef uint32_t mask
     cdef readonly uint32_t size
     cdef readonly bint event_idx
     cdef readonly bint indirect
     cdef readonly bint running
+    cdef readonly bint resumed
     cdef readonly uint16_t next_avail
     cdef readonly uint16_t next_used
-    cdef uint16_t signalled
-    cdef readonly bint resumed
-    cdef object inflight_view       # keeps `area` mapped
-    cdef inflight_area *area        # NULL: chains are not tracked
-    cdef uint64_t counter
-    cdef uint16_t *again            # chains of a predecessor: `again_count`, `again_at` of them taken
-    cdef uint32_t again_count
-    cdef uint32_t again_at
-    cdef uint64_t fresh             # chains taken from the available ring
-
-    def __init__(
-        self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
-        uint16_t base=0, bint event_idx=False, bint indirect=False, inflight=None
-    ):
-        if not 0 < size <= MAX_SIZE or size & (size - 1):
-            raise ValueError(f"queue size {size} is not a power of two up to {MAX_SIZE}")
-        self.size = size
-        self.mask = size - 1
-        self.event_idx = event_idx
-        self.indirect = indirect
-        self._map(memory, desc, avail, used)
-        self.next_avail = base
-        self.next_used = self.signalled = ring_load16(self.used + 2)
-        if inflight is not None:
-            self._track(inflight)
-        self.running = True
-
-    def __dealloc__(self):
-        free(self.again)
-
-    cdef int _track(self, inflight) except -1:
-        """Mark chains in `inflight` from now on, and take over those of a predecessor."""
-        cdef Py_buffer buffer
-        cdef int64_t count
-        view = memoryview(inflight)
-        PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE | PyBUF_WRITABLE)
-        self.area = <inflight_area *> buffer.buf
-        room = inflight_room(buffer.len)
-        aligned = not <uint64_t> buffer.buf % 8
-        PyBuffer_Release(&buffer)       # `view` still holds the memory
-        if room < self.size or not aligned:
-            raise ValueError(f"in-flight area of {room} entries for a queue of {self.size}")
-        self.inflight_view = view
-        if self.area.version != INFLIGHT_VERSION:
-            inflight_settle(self.area, 0, self.next_used)
-            self.area.version = <uint16_t> INFLIGHT_VERSION
-            return 0
-        self.again = <uint16_t *> calloc(self.size, sizeof(uint16_t))
-        inflight_settle(self.area, self.size, self.next_used)
-        count = -1 if self.again == NULL else inflight_list(self.area, self.size, self.again, &self.counter)
-        if count < 0:
-            raise MemoryError()
-        self.again_count = <uint32_t> count
-        self.next_avail = <uint16_t> (self.next_used + count)
-        self.resumed = True
-        return 0
 
     def move(self, GuestMemory memory not None, uint64_t desc, uint64_t avail, uint64_t used):
         """Go on in other memory at the same indices: the frontend changed its regions."""
         self._map(memory, desc, avail, used)
 
     cdef int _map(self, GuestMemory memory, uint64_t desc, uint64_t avail, uint64_t used) except -1:
-        # the event words are there even when EVENT_IDX was not negotiated (section 2.7.6)
-        cdef char *places[3]
-        places[0] = self._place(memory, "descriptor table", desc, 16, DESC_BYTES * self.size)
-        places[1] = self._place(memory, "available ring", avail, 2, RING_HEADER + 2 * self.size + 2)
-        places[2] = self._place(memory, "used ring", used, 4, RING_HEADER + USED_BYTES * self.size + 2)
-        self.desc, self.avail, self.used = places[0], places[1], places[2]
-        self.memory = memory
         return 0
 
     cdef char *_place(
@@ -565,46 +516,23 @@ cdef class VRing:
         """End the ring: `pop` gives nothing more and chains still held are dropped."""
         self.running = False
 
-    def pending(self):
-        """How many chains the driver has made available and nobody has popped."""
-        fresh = <uint16_t> (ring_load16_acquire(self.avail + 2) - self.next_avail)
-        return fresh + self.again_count - self.again_at
-
     def pop(self):
         """Return the next available `Chain`, or None.  Raises RingError on a broken ring."""
         cdef Chain chain
         cdef Verdict verdict
-        if not self.running:
-            return None
-        if not self.available():
+        if not self.running or not self.available():
             return None
         chain = Chain.__new__(Chain)
-        verdict = self.take(&chain.parts, &chain.head)
+        verdict = self.take(&chain.parts, &chain.token)
         if verdict != FINE:
             self.running = False
-            raise RingError(f"virtqueue: {VERDICTS[<int> verdict]} (head {chain.head})")
+            raise RingError(f"virtqueue: {VERDICTS[<int> verdict]} (head {chain.token.head})")
         chain.ring = self
         chain.memory = self.memory
         return chain
 
-    def rewind(self, uint16_t count):
-        """Un-pop the last `count` chains; the caller drops them and has pushed none."""
-        while count and self.fresh:
-            count -= 1
-            self.fresh -= 1
-            self.next_avail -= 1
-            head = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
-            if self.area != NULL and head < self.size:
-                inflight_untaken(self.area, head)
-        self.again_at -= min(<uint32_t> count, self.again_at)
-
-    def disable_kicks(self):
-        """Tell the driver that kicks are not needed for now; a hint."""
-        if not self.event_idx:
-            ring_store16(self.used, USED_NO_NOTIFY)
-
     def enable_kicks(self):
-        """Ask for a kick at the next buffer; true when one came in the meantime (2.7.7.1)."""
+        """Ask for a kick at the next buffer; true when one came in the meantime."""
         return self.wants_kick()
 
     def should_call(self):
@@ -638,15 +566,15 @@ cdef class VRing:
     cdef Verdict echo_batch(self, Segments *parts, int call_fd, uint64_t *count) noexcept nogil:
         """Echo what is available now, at most one ring full."""
         cdef Verdict verdict
-        cdef uint16_t head
+        cdef Token token
         cdef uint64_t one = 1
         cdef uint32_t turns = self.size
         while turns and self.available():
             segments_clear(parts)
-            verdict = self.take(parts, &head)
+            verdict = self.take(parts, &token)
             if verdict != FINE:
                 return verdict
-            self.complete(head, segments_echo(parts))
+            self.complete(&token, segments_echo(parts))
             count[0] += 1
             turns -= 1
         if self.wants_call() and call_fd >= 0:
@@ -655,6 +583,142 @@ cdef class VRing:
 
     cdef bint wants_kick(self) noexcept nogil:
         """Ask for a kick at the next buffer; whether there is one already."""
+        return False
+
+    cdef bint available(self) noexcept nogil:
+        """Whether there is a chain to `take`."""
+        return False
+
+    cdef Verdict take(self, Segments *out, Token *token) noexcept nogil:
+        """Collect the next chain, which the caller has seen to be available."""
+        return BAD_AVAIL
+
+    cdef void complete(self, Token *token, uint64_t length) noexcept nogil:
+        """Give one chain back, visible to the driver at once; nothing if the ring has stopped."""
+
+    cdef bint wants_call(self) noexcept nogil:
+        """Whether the driver wants to be told about what was completed since the last question."""
+        return False
+
+    cdef Verdict add(self, Segments *out, Descriptor *item) noexcept nogil:
+        cdef Verdict verdict = self.memory.collect(out, item.address, item.length)
+        if item.flags & DESC_WRITE:
+            out.writable += item.length
+        elif out.writable:
+            return BAD_ORDER
+        else:
+            out.readable += item.length
+            out.readable_count = out.count
+        return verdict
+
+
+@cython.final
+cdef class VRing(Ring):
+    """One split virtqueue; its size is a power of two up to 32768.
+
+    `base` is the available index to start from.  The used index goes on from what the
+    ring holds.
+
+    `inflight` is writable memory in which the chains in hand are marked.  If a predecessor has
+    used it, the chains that it held come again, before new ones, and the marks decide
+    where the available index goes on; `base` then does not count, and `resumed` is true.
+    """
+
+    cdef uint32_t mask
+    cdef uint16_t signalled
+    cdef object inflight_view       # keeps `area` mapped
+    cdef inflight_area *area        # NULL: chains are not tracked
+    cdef uint64_t counter
+    cdef uint16_t *again            # chains of a predecessor: `again_count`, `again_at` of them taken
+    cdef uint32_t again_count
+    cdef uint32_t again_at
+    cdef uint64_t fresh             # chains taken from the available ring
+
+    def __init__(
+        self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
+        uint32_t base=0, bint event_idx=False, bint indirect=False, inflight=None
+    ):
+        if not 0 < size <= MAX_SIZE or size & (size - 1):
+            raise ValueError(f"queue size {size} is not a power of two up to {MAX_SIZE}")
+        self.size = size
+        self.mask = size - 1
+        self.event_idx = event_idx
+        self.indirect = indirect
+        self._map(memory, desc, avail, used)
+        self.next_avail = <uint16_t> base
+        self.next_used = self.signalled = ring_load16(self.used + 2)
+        if inflight is not None:
+            self._track(inflight)
+        self.running = True
+
+    def __dealloc__(self):
+        free(self.again)
+
+    @property
+    def base(self):
+        """What GET_VRING_BASE tells: the next available index."""
+        return self.next_avail
+
+    cdef int _track(self, inflight) except -1:
+        """Mark chains in `inflight` from now on, and take over those of a predecessor."""
+        cdef Py_buffer buffer
+        cdef int64_t count
+        view = memoryview(inflight)
+        PyObject_GetBuffer(view, &buffer, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        self.area = <inflight_area *> buffer.buf
+        room = inflight_room(buffer.len)
+        aligned = not <uint64_t> buffer.buf % 8
+        PyBuffer_Release(&buffer)       # `view` still holds the memory
+        if room < self.size or not aligned:
+            raise ValueError(f"in-flight area of {room} entries for a queue of {self.size}")
+        self.inflight_view = view
+        if self.area.version != INFLIGHT_VERSION:
+            inflight_settle(self.area, 0, self.next_used)
+            self.area.version = <uint16_t> INFLIGHT_VERSION
+            return 0
+        self.again = <uint16_t *> calloc(self.size, sizeof(uint16_t))
+        inflight_settle(self.area, self.size, self.next_used)
+        count = -1 if self.again == NULL else inflight_list(self.area, self.size, self.again, &self.counter)
+        if count < 0:
+            raise MemoryError()
+        self.again_count = <uint32_t> count
+        self.next_avail = <uint16_t> (self.next_used + count)
+        self.resumed = True
+        return 0
+
+    cdef int _map(self, GuestMemory memory, uint64_t desc, uint64_t avail, uint64_t used) except -1:
+        # the event words are there even when EVENT_IDX was not negotiated (section 2.7.6)
+        cdef char *places[3]
+        places[0] = self._place(memory, "descriptor table", desc, 16, DESC_BYTES * self.size)
+        places[1] = self._place(memory, "available ring", avail, 2, RING_HEADER + 2 * self.size + 2)
+        places[2] = self._place(memory, "used ring", used, 4, RING_HEADER + USED_BYTES * self.size + 2)
+        self.desc, self.avail, self.used = places[0], places[1], places[2]
+        self.memory = memory
+        return 0
+
+    def pending(self):
+        """How many chains the driver has made available and nobody has popped."""
+        fresh = <uint16_t> (ring_load16_acquire(self.avail + 2) - self.next_avail)
+        return fresh + self.again_count - self.again_at
+
+    def rewind(self, uint16_t count):
+        """Un-pop the last `count` chains; the caller drops them and has pushed none."""
+        while count and self.fresh:
+            count -= 1
+            self.fresh -= 1
+            self.next_avail -= 1
+            head = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
+            if self.area != NULL and head < self.size:
+                inflight_untaken(self.area, head)
+        self.again_at -= min(<uint32_t> count, self.again_at)
+
+    def disable_kicks(self):
+        """Tell the driver that kicks are not needed for now; a hint."""
+        if not self.event_idx:
+            ring_store16(self.used, USED_NO_NOTIFY)
+
+    cdef bint wants_kick(self) noexcept nogil:
+        """Section 2.7.7.1."""
         if self.event_idx:
             ring_store16(self.used + RING_HEADER + USED_BYTES * self.size, self.next_avail)
         else:
@@ -663,25 +727,25 @@ cdef class VRing:
         return self.available()
 
     cdef bint available(self) noexcept nogil:
-        """Whether there is a chain to `take`."""
         return self.again_at < self.again_count or ring_load16_acquire(self.avail + 2) != self.next_avail
 
-    cdef Verdict take(self, Segments *out, uint16_t *head) noexcept nogil:
-        """Collect the next chain, which the caller has seen to be available, and mark it as in hand."""
+    cdef Verdict take(self, Segments *out, Token *token) noexcept nogil:
+        """Collect the next chain and mark it as in hand."""
         cdef Verdict verdict
         cdef uint16_t available
+        token.slots = 1
         if self.again_at < self.again_count:
-            head[0] = self.again[self.again_at]
+            token.head = self.again[self.again_at]
             self.again_at += 1
-            return self.follow(out, head[0])
+            return self.follow(out, token.head)
         available = ring_load16_acquire(self.avail + 2) - self.next_avail
         if available > self.size:
             return BAD_AVAIL
-        head[0] = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
-        verdict = self.follow(out, head[0])
+        token.head = ring_load16(self.avail + RING_HEADER + 2 * (self.next_avail & self.mask))
+        verdict = self.follow(out, token.head)
         if verdict == FINE:
             if self.area != NULL:
-                inflight_taken(self.area, head[0], self.counter)
+                inflight_taken(self.area, token.head, self.counter)
                 self.counter += 1
             self.next_avail += 1
             self.fresh += 1
@@ -716,30 +780,19 @@ cdef class VRing:
                 return verdict
             index = item.next
 
-    cdef Verdict add(self, Segments *out, Descriptor *item) noexcept nogil:
-        cdef Verdict verdict = self.memory.collect(out, item.address, item.length)
-        if item.flags & DESC_WRITE:
-            out.writable += item.length
-        elif out.writable:
-            return BAD_ORDER
-        else:
-            out.readable += item.length
-            out.readable_count = out.count
-        return verdict
-
-    cdef void complete(self, uint16_t head, uint64_t length) noexcept nogil:
-        """Put one element on the used ring, visible to the driver at once."""
+    cdef void complete(self, Token *token, uint64_t length) noexcept nogil:
+        """Put one element on the used ring."""
         cdef char *slot = self.used + RING_HEADER + USED_BYTES * (self.next_used & self.mask)
         if not self.running:
             return
-        ring_store32(slot, head)
+        ring_store32(slot, token.head)
         ring_store32(slot + 4, <uint32_t> length)
         self.next_used += 1
         if self.area != NULL:
-            inflight_using(self.area, head)
+            inflight_using(self.area, token.head)
         ring_store16_release(self.used + 2, self.next_used)
         if self.area != NULL:
-            inflight_used(self.area, head, self.next_used)
+            inflight_used(self.area, token.head, self.next_used)
 
     cdef bint wants_call(self) noexcept nogil:
         cdef uint16_t before = self.signalled, event
@@ -751,6 +804,227 @@ cdef class VRing:
             return not ring_load16(self.avail) & AVAIL_NO_INTERRUPT
         event = ring_load16(self.avail + RING_HEADER + 2 * self.size)
         return <uint16_t> (self.next_used - event - 1) < <uint16_t> (self.next_used - before)
+
+
+@cython.final
+cdef class PackedRing(Ring):
+    """One packed virtqueue of up to 32768 descriptors (section 2.8).
+
+    `base` is what SET_VRING_BASE says: the next available index in bits 0 to 14 and its wrap
+    counter in bit 15, then the same of the next used one.  A new ring starts with both
+    wrap counters at 1: `PackedRing.FRESH`.
+    """
+
+    FRESH = 0x8000_8000
+
+    cdef bint avail_wrap
+    cdef bint used_wrap
+    cdef uint32_t in_hand           # descriptors of chains taken and not given back
+    cdef uint64_t unsignalled       # descriptors given back since the last question
+    cdef uint64_t taken             # chains in all
+    cdef uint16_t *slots            # of the last `size` chains, for `rewind`
+
+    def __init__(
+        self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
+        uint32_t base=0x8000_8000, bint event_idx=False, bint indirect=False
+    ):
+        if not 0 < size <= MAX_SIZE:
+            raise ValueError(f"queue size {size} is not from 1 to {MAX_SIZE}")
+        self.size = size
+        self.event_idx = event_idx
+        self.indirect = indirect
+        self._map(memory, desc, avail, used)
+        self.next_avail, self.avail_wrap = base & 0x7FFF, base >> 15 & 1
+        self.next_used, self.used_wrap = base >> 16 & 0x7FFF, base >> 31
+        if self.next_avail >= size or self.next_used >= size:
+            raise ValueError(f"base {base:#x} is beyond a queue of {size}")
+        self.slots = <uint16_t *> calloc(size, sizeof(uint16_t))
+        if self.slots == NULL:
+            raise MemoryError()
+        self.in_hand = self.distance()
+        self.running = True
+
+    def __dealloc__(self):
+        free(self.slots)
+
+    @property
+    def base(self):
+        """What GET_VRING_BASE tells."""
+        return (
+            self.next_avail | self.avail_wrap << 15
+            | self.next_used << 16 | <uint64_t> self.used_wrap << 31
+        )
+
+    cdef uint32_t distance(self) noexcept nogil:
+        """How many descriptors the base says a predecessor held, which nobody gives back now."""
+        if self.avail_wrap == self.used_wrap:
+            return self.next_avail - self.next_used if self.next_avail >= self.next_used else 0
+        return min(self.size, self.size + self.next_avail - self.next_used)
+
+    cdef int _map(self, GuestMemory memory, uint64_t desc, uint64_t avail, uint64_t used) except -1:
+        cdef char *places[3]
+        places[0] = self._place(memory, "descriptor ring", desc, 16, DESC_BYTES * self.size)
+        places[1] = self._place(memory, "driver event suppression", avail, 4, EVENT_BYTES)
+        places[2] = self._place(memory, "device event suppression", used, 4, EVENT_BYTES)
+        self.desc, self.avail, self.used = places[0], places[1], places[2]
+        self.memory = memory
+        return 0
+
+    def pending(self):
+        """How many chains the driver has made available and nobody has popped."""
+        cdef uint32_t at = self.next_avail, left = self.size
+        cdef bint wrap = self.avail_wrap
+        cdef uint16_t flags
+        cdef uint64_t count = 0
+        while left:
+            flags = ring_load16_acquire(self.desc + DESC_BYTES * at + 14)
+            if not is_available(flags, wrap):
+                break
+            count += 1
+            while left:
+                left -= 1
+                at += 1
+                if at == self.size:
+                    at, wrap = 0, not wrap
+                if not flags & DESC_NEXT:
+                    break
+                flags = ring_load16(self.desc + DESC_BYTES * at + 14)
+        return count
+
+    def rewind(self, uint16_t count):
+        """Un-pop the last `count` chains; the caller drops them and has pushed none."""
+        cdef uint16_t slots
+        while count and self.taken:
+            count -= 1
+            self.taken -= 1
+            slots = self.slots[self.taken % self.size]
+            self.in_hand -= slots
+            if slots > self.next_avail:
+                self.next_avail += self.size
+                self.avail_wrap = not self.avail_wrap
+            self.next_avail -= slots
+
+    def disable_kicks(self):
+        """Tell the driver that kicks are not needed for now; a hint."""
+        ring_store16(self.used + 2, EVENTS_OFF)
+
+    cdef bint wants_kick(self) noexcept nogil:
+        """Section 2.8.10."""
+        if self.event_idx:
+            ring_store16(self.used, self.next_avail | <uint16_t> (self.avail_wrap << 15))
+            ring_store16_release(self.used + 2, EVENTS_AT)
+        else:
+            ring_store16(self.used + 2, EVENTS_ON)
+        ring_fence()
+        return self.available()
+
+    cdef bint available(self) noexcept nogil:
+        return is_available(
+            ring_load16_acquire(self.desc + DESC_BYTES * <uint64_t> self.next_avail + 14), self.avail_wrap
+        )
+
+    cdef Verdict take(self, Segments *out, Token *token) noexcept nogil:
+        """Collect the chain from `next_avail` on; its ID is in its last descriptor."""
+        cdef Descriptor item
+        cdef Verdict verdict
+        cdef uint32_t at = self.next_avail
+        token.slots = 0
+        while True:
+            load_packed(&item, self.desc + DESC_BYTES * <uint64_t> at)
+            token.head = item.next
+            token.slots += 1
+            if token.slots + self.in_hand > self.size:
+                return TOO_LONG if token.slots > 1 else BAD_AVAIL
+            if item.flags & DESC_INDIRECT:
+                verdict = self.add_table(out, &item, token.slots)
+            else:
+                verdict = self.add(out, &item)
+            if verdict != FINE:
+                return verdict
+            at = at + 1 if at + 1 < self.size else 0
+            if not item.flags & DESC_NEXT:
+                break
+        if token.head >= self.size:
+            return BAD_INDEX
+        self.slots[self.taken % self.size] = token.slots
+        self.taken += 1
+        self.in_hand += token.slots
+        self.avail_wrap ^= self.next_avail + token.slots >= self.size
+        self.next_avail = <uint16_t> at
+        return FINE
+
+    cdef Verdict add_table(self, Segments *out, Descriptor *item, uint32_t slots) noexcept nogil:
+        """All of an indirect table: there only WRITE counts (section 2.8.7)."""
+        cdef Descriptor entry
+        cdef Verdict verdict = FINE
+        cdef const char *table
+        cdef uint32_t i, count = item.length // DESC_BYTES
+        if not self.indirect or slots > 1 or item.flags & DESC_NEXT:
+            return BAD_INDIRECT
+        if item.length == 0 or item.length % DESC_BYTES:
+            return BAD_INDIRECT
+        if count > max(self.size, <uint32_t> LEAST_CHAIN_LIMIT):
+            return TOO_LONG
+        table = self.memory.span(item.address, item.length)
+        if table == NULL:
+            return BAD_ADDRESS
+        for i in range(count):
+            load_packed(&entry, table + DESC_BYTES * <uint64_t> i)
+            if entry.flags & DESC_INDIRECT:
+                return BAD_INDIRECT
+            verdict = self.add(out, &entry)
+            if verdict != FINE:
+                break
+        return verdict
+
+    cdef void complete(self, Token *token, uint64_t length) noexcept nogil:
+        """Write a used descriptor; the flags make it one, so they come last."""
+        cdef char *slot = self.desc + DESC_BYTES * <uint64_t> self.next_used
+        cdef uint16_t flags = DESC_WRITE if length else 0
+        if not self.running:
+            return
+        if self.used_wrap:
+            flags |= DESC_AVAIL | DESC_USED
+        ring_store32(slot + 8, <uint32_t> length)
+        ring_store16(slot + 12, token.head)
+        ring_store16_release(slot + 14, flags)
+        self.in_hand -= token.slots
+        self.unsignalled += token.slots
+        if self.next_used + token.slots >= self.size:
+            self.used_wrap = not self.used_wrap
+            self.next_used = <uint16_t> (self.next_used + token.slots - self.size)
+        else:
+            self.next_used += token.slots
+
+    cdef bint wants_call(self) noexcept nogil:
+        cdef uint16_t wish, place
+        cdef int64_t event, passed = <int64_t> self.unsignalled
+        if not passed or not self.running:
+            return False
+        self.unsignalled = 0
+        ring_fence()    # the used descriptors must be visible before the driver's wish is read
+        wish = ring_load16_acquire(self.avail + 2) & 3
+        if wish != EVENTS_AT or not self.event_idx:
+            return wish != EVENTS_OFF
+        place = ring_load16(self.avail)
+        event = place & 0x7FFF
+        if (place >> 15) != self.used_wrap:
+            event -= self.size
+        return passed >= self.size or self.next_used - passed <= event < self.next_used
+
+
+cdef inline bint is_available(uint16_t flags, bint wrap) noexcept nogil:
+    """Whether the driver has made this descriptor available in the round of `wrap` (section 2.8.1)."""
+    cdef bint avail = (flags & DESC_AVAIL) != 0, used = (flags & DESC_USED) != 0
+    return avail == wrap and used != wrap
+
+
+cdef inline void load_packed(Descriptor *out, const char *at) noexcept nogil:
+    """A packed descriptor; `next` takes its buffer ID."""
+    out.address = ring_load64(at)
+    out.length = ring_load32(at + 8)
+    out.next = ring_load16(at + 12)
+    out.flags = ring_load16(at + 14)
 
 
 cdef inline void load_descriptor(Descriptor *out, const char *at) noexcept nogil:

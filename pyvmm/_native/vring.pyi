@@ -33,21 +33,7 @@ class Chain:
     def wrote(self, count: int) -> None: ...
     def push(self, length: int | None = None) -> None: ...
 
-@final
-class VRing:
-    def __init__(
-        self,
-        memory: GuestMemory,
-        size: int,
-        desc: int,
-        avail: int,
-        used: int,
-        *,
-        base: int = 0,
-        event_idx: bool = False,
-        indirect: bool = False,
-        inflight: Buffer | None = None,
-    ) -> None: ...
+class Ring:
     @property
     def size(self) -> int: ...
     @property
@@ -58,6 +44,8 @@ class VRing:
     def running(self) -> bool: ...
     @property
     def resumed(self) -> bool: ...
+    @property
+    def base(self) -> int: ...
     @property
     def next_avail(self) -> int: ...
     @property
@@ -71,3 +59,35 @@ class VRing:
     def enable_kicks(self) -> bool: ...
     def should_call(self) -> bool: ...
     def echo(self, kick_fd: int, call_fd: int, stop_fd: int) -> int: ...
+
+@final
+class VRing(Ring):
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        base: int = 0,
+        event_idx: bool = False,
+        indirect: bool = False,
+        inflight: Buffer | None = None,
+    ) -> None: ...
+
+@final
+class PackedRing(Ring):
+    FRESH: int
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        base: int = 0x8000_8000,
+        event_idx: bool = False,
+        indirect: bool = False,
+    ) -> None: ...

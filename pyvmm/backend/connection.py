@@ -29,7 +29,7 @@ from ..vhost_user.session import Negotiation, Responder
 from .inflight import create
 from .memory import MAX_SLOTS
 from .queue import Queue, close_fd
-from .running import F_EVENT_IDX, F_INDIRECT_DESC, Refused, RunningQueues
+from .running import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, Refused, RunningQueues
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from .loop import DeviceLoop
 
 F_VERSION_1 = 1 << 32
-TRANSPORT_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1
+TRANSPORT_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1 | F_RING_PACKED
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
@@ -209,9 +209,11 @@ class Connection:
 
     def set_vring_num(self, payload: VringState, message: Message) -> None:
         queue, size = self._queue(payload.index), payload.num
-        if not 0 < size <= queue.max_size or size & (size - 1):
+        split = not self.agreed.virtio_acked & F_RING_PACKED
+        if not 0 < size <= queue.max_size or (split and size & (size - 1)):
+            rule = "a power of two" if split else "any number"
             raise Refused(
-                f"virtqueue {queue.index} of {size} entries; it takes a power of two up to {queue.max_size}"
+                f"virtqueue {queue.index} of {size} entries; it takes {rule} up to {queue.max_size}"
             )
         queue.size = size
 
@@ -220,7 +222,7 @@ class Connection:
         self._running.set_addresses(queue, payload.desc, payload.avail, payload.used)
 
     def set_vring_base(self, payload: VringState, message: Message) -> None:
-        self._queue(payload.index).base = payload.num & 0xFFFF
+        self._queue(payload.index).base = payload.num  # the format decides what its bits mean
 
     def get_vring_base(self, payload: VringState, message: Message) -> Payload:
         queue = self._queue(payload.index)

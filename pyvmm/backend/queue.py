@@ -1,6 +1,6 @@
 """One virtqueue as a device sees it: chains to take, and the notifications both ways.
 
-It owns the queue's eventfds and its `VRing` while that runs.  It must not know the
+It owns the queue's eventfds and its ring while that runs.  It must not know the
 messages that configure it (`connection`) or what the device does with the chains.
 """
 
@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 
 from .. import log
-from .._native.vring import RingError, VRing
+from .._native.vring import PackedRing, RingError, VRing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from .._native.vring import Chain, GuestMemory
+    from .._native.vring import Chain, GuestMemory, Ring
 
 
 class Queue:
@@ -39,7 +39,7 @@ class Queue:
         self.base = 0
         self.addresses: tuple[int, int, int] | None = None
         self.inflight: memoryview | None = None  # where chains in hand are noted
-        self.ring: VRing | None = None
+        self.ring: Ring | None = None
         self.enabled = False
         self.ending = False  # within `Device.on_stop`, where the rest can be taken though disabled
         self.kicked = False  # whether SET_VRING_KICK came: a queue may go without the descriptor
@@ -122,27 +122,25 @@ class Queue:
 
     # -- what the connection uses ------------------------------------------------------
 
-    def start(self, memory: GuestMemory, *, event_idx: bool, indirect: bool) -> None:
+    def start(self, memory: GuestMemory, *, packed: bool, event_idx: bool, indirect: bool) -> None:
         """Make the ring from what the frontend set; ValueError when it cannot be."""
         if self.addresses is None:
             raise ValueError("its addresses were never set")
-        self.ring = VRing(
-            memory,
-            self.size,
-            *self.addresses,
-            base=self.base,
-            event_idx=event_idx,
-            indirect=indirect,
-            inflight=self.inflight,
-        )
+        place = (memory, self.size, *self.addresses)
+        if packed:
+            self.ring = PackedRing(*place, base=self.base, event_idx=event_idx, indirect=indirect)
+        else:
+            self.ring = VRing(
+                *place, base=self.base, event_idx=event_idx, indirect=indirect, inflight=self.inflight
+            )
         if self.ring.resumed:
             self._call()  # a predecessor may have been killed between the used index and its call
 
     def stop(self) -> int:
-        """End the ring and forget its eventfds; return the available index to go on from."""
+        """End the ring and forget its eventfds; return the base to go on from."""
         if self.ring is not None:
             self.ring.stop()
-            self.base = self.ring.next_avail
+            self.base = self.ring.base
             self.ring = None
         self.again = self.kicked = False
         self.close()

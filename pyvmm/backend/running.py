@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 F_INDIRECT_DESC = 1 << 28
 F_EVENT_IDX = 1 << 29
+F_RING_PACKED = 1 << 34
 POLL_SECONDS = 0.001  # a queue without a kick descriptor is looked at so often
 
 
@@ -108,6 +109,7 @@ class RunningQueues:
             try:
                 queue.start(
                     self.memory.memory,
+                    packed=bool(features & F_RING_PACKED),
                     event_idx=bool(features & F_EVENT_IDX),
                     indirect=bool(features & F_INDIRECT_DESC),
                 )

@@ -29,6 +29,7 @@ from pyvmm.vhost_user.payloads import (
 
 NEXT, WRITE, INDIRECT = 1, 2, 4
 USER_BASE = 0x7000_0000_0000  # where the frontend pretends to have mapped guest address 0
+RING_PACKED = 1 << 34
 REPLY_ACK, BACKEND_REQ, CONFIG = 1 << 3, 1 << 5, 1 << 9
 
 
@@ -183,14 +184,14 @@ class RawFrontend:
         return status.value
 
     def negotiate(self, features: int | None = None, protocol: int | None = None) -> int:
-        """From SET_OWNER to SET_FEATURES; all that is offered is taken by default."""
+        """From SET_OWNER to SET_FEATURES; all that is offered is taken by default, but packed rings."""
         self.tell("SET_OWNER")
         offered = self.number("GET_FEATURES")
         protocol_offered = self.number("GET_PROTOCOL_FEATURES")
         taken = protocol_offered if protocol is None else protocol
         self.tell("SET_PROTOCOL_FEATURES", U64(taken))
         self.acks = bool(taken & REPLY_ACK)
-        assert self.tell("SET_FEATURES", U64(offered if features is None else features)) == 0
+        assert self.tell("SET_FEATURES", U64(offered & ~RING_PACKED if features is None else features)) == 0
         return offered
 
     def number(self, name: str) -> int:

@@ -17,8 +17,10 @@ import pytest
 
 pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
 
+from fakes.packed_driver import FRESH, PackedQueue
 from fakes.ring_driver import (
     REPLY_ACK,
+    RING_PACKED,
     USER_BASE,
     DriverQueue,
     Ram,
@@ -108,8 +110,8 @@ class Bench:
         self.frontends.append(RawFrontend(sock))
         return self.frontends[-1]
 
-    def queue(self, **options):
-        self.queues.append(DriverQueue(self.ram, **options))
+    def queue(self, kind=DriverQueue, **options):
+        self.queues.append(kind(self.ram, **options))
         return self.queues[-1]
 
     def ready(self, **options):
@@ -170,7 +172,7 @@ def test_without_protocol_features_rings_run_at_once(bench):
     frontend = bench.connect()
     frontend.tell("SET_OWNER")
     offered = frontend.number("GET_FEATURES")
-    frontend.tell("SET_FEATURES", U64(offered & ~PROTOCOL & ~EVENT_IDX))
+    frontend.tell("SET_FEATURES", U64(offered & ~PROTOCOL & ~EVENT_IDX & ~RING_PACKED))
     frontend.share(bench.ram)
     queue = bench.queue()
     frontend.tell("SET_VRING_NUM", VringState(0, queue.size))
@@ -326,6 +328,29 @@ def test_region_at_an_odd_file_offset(bench):
     assert bench.ram.data[room : room + 5] == b"SHIFT"
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_packed_rings(bench, event_idx):
+    frontend = bench.connect()
+    offered = frontend.negotiate(PROTOCOL | 1 << 32 | RING_PACKED | EVENT_IDX * event_idx)
+    assert offered & RING_PACKED
+    assert frontend.share(bench.ram) == 0
+    queue = bench.queue(kind=PackedQueue, size=12, event_idx=event_idx)
+    base = FRESH
+    for turn in range(30):
+        assert frontend.start(0, queue, base=base) == 0
+        for _ in range(1 + turn % 3):
+            queue.add([b"packed"], [8])
+        queue.kick()
+        got = []
+        while len(got) < 1 + turn % 3:
+            got += [data for _, data in queue.wait()]
+        assert set(got) == {b"PACKED"}
+        base = frontend.stop(0)
+        place = queue.place | queue.wrap << 15
+        assert base == place | place << 16
+    assert frontend.start(0, queue, base=0x7FFF) == 1  # beyond the ring
+
+
 def test_config_space(bench):
     frontend = bench.ready()
     assert frontend.ask("GET_CONFIG", Config(0, 0, bytes(7))).data == b"\1\2\3\4\5\6\7"
@@ -355,7 +380,7 @@ def test_reset_device(bench):
     check_works(frontend, queue)
     assert frontend.tell("RESET_DEVICE") == 0
     assert bench.device.calls[-2:] == [("stop", 0), "reset"]
-    frontend.tell("SET_FEATURES", U64(frontend.number("GET_FEATURES")))
+    frontend.tell("SET_FEATURES", U64(frontend.number("GET_FEATURES") & ~RING_PACKED))
     check_works(frontend, queue)
 
 

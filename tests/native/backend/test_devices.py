@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
 
 from fakes.console_driver import CONSOLE_PORT, PORT_NAME, ConsoleDriver
+from fakes.packed_driver import FRESH, PackedQueue
 from fakes.ring_driver import DriverQueue, Ram, RawFrontend
 
 from pyvmm.backend.process import spawn
@@ -104,6 +105,22 @@ def test_echo(plug, native):
     first.add([b"still"], [8])
     first.kick()
     assert first.wait()[0][1] == b"still"
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_echo_over_a_packed_ring(native):
+    process, ram = spawn(make_echo(native=native)), Ram()
+    frontend = RawFrontend(process.take_socket())
+    frontend.negotiate(1 << 30 | 1 << 32 | 1 << 34)
+    frontend.share(ram)
+    queue = PackedQueue(ram, 7)
+    assert frontend.start(0, queue, base=FRESH) == 0
+    for turn in range(200):
+        queue.add_rows([(0, 4, 0), (64, 4, 2)][: 1 + turn % 2])
+        queue.kick()
+        assert len(queue.wait()) == 1
+    for thing in (frontend, queue, ram, process):
+        thing.close()
 
 
 @pytest.mark.parametrize("native", [True, False])
