@@ -73,9 +73,9 @@ class BackendConfig(LocalConfig):
         self._find_size(client)
 
     def read(self, client: Client, offset: int, length: int) -> bytes:
-        """Read through to the backend; raises ProtocolError, `last` is there for that case."""
+        """Read through to the backend; raises Refusal when it does not, `last` is there for that case."""
         if not self._fetch(client):
-            raise RemoteProtocolError("the backend cannot read its configuration space")
+            raise Refusal("the backend refused GET_CONFIG")
         return self.last(offset, length)
 
     def write(self, client: Client, offset: int, data: bytes) -> None:

@@ -58,7 +58,7 @@ class Frontend:
     `on_loss` is what happens when the backend is lost: it is looked for again (RECONNECT, for
     `patience` seconds, 0: for ever), the event loop ends with BackendLost (STOP), or the device is
     given up (FAIL).  `on_config_change`, `on_away`, `on_back` and `on_lost` are called in the thread of
-    `loop`, once `start_watching` was.
+    `loop`, once `start_watching` was; `on_config_refused` in the thread that accesses the configuration.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Frontend:
         self.queue_sizes = tuple(queue_sizes)
         self.shared_memory: tuple[tuple[int, int], ...] = ()
         self.on_config_change: Callable[[], None] = _nothing
+        self.on_config_refused: Callable[[], None] = _nothing
         self.on_lost: Callable[[str], None] = _nothing
         self.on_away: Callable[[], None] = _nothing
         self.on_back: Callable[[], None] = _nothing
@@ -174,12 +175,19 @@ class Frontend:
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes; the last known ones when the backend does not give them."""
         try:
-            return self._with_link(lambda link: self._config.read(link.client, offset, length))
+            return self._with_link(lambda link: self._read_config(link, offset, length))
         except ProtocolError:
             return self._config.last(offset, length)
 
+    def _read_config(self, link: Link, offset: int, length: int) -> bytes:
+        try:
+            return self._config.read(link.client, offset, length)
+        except Refusal as error:
+            self._config_refused("read", f"{length} bytes at {offset}: {error}")
+            return self._config.last(offset, length)
+
     def write_config(self, offset: int, data: bytes) -> None:
-        """Hand a driver's write on; one that the backend refuses changes nothing else."""
+        """Hand a driver's write on."""
         with self._lock:
             self._config.keep(offset, data)
             try:
@@ -191,7 +199,13 @@ class Frontend:
         try:
             self._config.write(link.client, offset, data)
         except Refusal as error:
-            log.once((self.name, "config write"), f"{self.name}: write of {len(data)} at {offset}: {error}")
+            self._config_refused("write", f"{len(data)} bytes at {offset}: {error}")
+
+    def _config_refused(self, access: str, what: str) -> None:
+        """The dialogue goes on, but the driver may take for true what is not."""
+        text = f"{self.name}: configuration {access} of {what}; the device asks the guest for a reset"
+        log.once((self.name, "config", access), text)
+        self.on_config_refused()
 
     # -- the event loop's side ---------------------------------------------------------
     def start_watching(self) -> None:

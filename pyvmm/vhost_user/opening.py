@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         def config_size(self) -> int: ...
         @property
         def write_policy(self) -> str: ...
+        def backend_limit(self, reported: int, /) -> int: ...
 
 
 def _bits(*numbers: int) -> int:
@@ -101,17 +102,20 @@ class Opening:
         """Negotiate.  Raises ProtocolError, and Unfit for a backend that does not fit."""
         link.open(self._choose, handlers)
         offered = link.client.negotiation.virtio_offered or 0
-        limit = link.client.queue_limit()
-        if limit is not None and self._queues > limit:
-            raise Unfit(
-                f"{self.name}: {self._queues} queues, but the backend has {limit}; "
-                f"give at most {limit} queue sizes"
-            )
+        self._check_limit(link.client.queue_limit())
         agreed = Agreed(offered & GUEST_FEATURES, self._find_config(link))
         if not self._warned:
             self._warned = True
             self._warn(offered, agreed.config)
         return agreed
+
+    def _check_limit(self, reported: int | None) -> None:
+        limit = MAX_QUEUES if reported is None else self._kind.backend_limit(reported)
+        if self._queues > limit:
+            raise Unfit(
+                f"{self.name}: {self._queues} queues, but the backend has {limit}; "
+                f"give at most {limit} queue sizes"
+            )
 
     def _warn(self, offered: int, config: LocalConfig) -> None:
         if not offered & VERSION_1:
@@ -120,6 +124,8 @@ class Opening:
             log.warn(
                 f"{self.name}: the backend has no configuration space, the guest reads zeros; see config="
             )
+        if isinstance(config, BackendConfig) and not config.size:
+            log.warn(f"{self.name}: the backend refuses to read its configuration space; see config=")
 
     def check(self, agreed: Agreed, before: LocalConfig, features: int) -> None:
         """Raise Unfit for a backend that cannot go on where the one before stopped.

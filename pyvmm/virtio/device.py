@@ -29,11 +29,13 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from ..layout import RamRange
+    from .shared_memory import SharedMemoryBar
 
     class Backend(Protocol):
         """What serves the device; `vhost_user.frontend.Frontend` is one."""
 
         on_config_change: Callable[[], None]
+        on_config_refused: Callable[[], None]
         on_lost: Callable[[str], None]
         on_away: Callable[[], None]
         on_back: Callable[[], None]
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
         def write_config(self, offset: int, data: bytes) -> None: ...
         def activate(self, features: int, queues: Sequence[QueueSetup]) -> None: ...
         def set_call(self, index: int, fd: int | None) -> None: ...
+        def attach_memory(self, mapper: SharedMemoryBar | None, /) -> None: ...
         def reset(self) -> None: ...
 
     class Interrupts(Protocol):
@@ -92,6 +95,7 @@ class VirtioDevice:
         self._generation = 0
         self._config_changed = False
         backend.on_config_change = self.config_changed
+        backend.on_config_refused = self.config_refused
         backend.on_lost = self.backend_lost
         backend.on_away = self.backend_away
         backend.on_back = self.backend_back
@@ -221,6 +225,11 @@ class VirtioDevice:
         """The configuration's generation, 8 bits."""
         return self._generation
 
+    def config_refused(self) -> None:
+        """The backend did not do what the driver asked of its configuration space: ask for a reset."""
+        self._failed = True
+        self._need_reset()
+
     # -- what the backend says, in the event loop's thread ------------------------------------
     def config_changed(self) -> None:
         """The backend's configuration changed: tell the driver (2.5.1)."""
@@ -267,7 +276,7 @@ class VirtioDevice:
             known = not self.status or self.status & spec.NEEDS_RESET
             if self.status:
                 self.status |= spec.NEEDS_RESET
-            if self.status & spec.DRIVER_OK:
+            if self.status & spec.DRIVER_OK and not known:  # a driver may read what fails in answer to this
                 self._interrupts.config_changed()
         return not known
 
@@ -278,7 +287,8 @@ class VirtioDevice:
     def close(self) -> None:
         """Let go of the backend, which stays its owner's, and close the doorbells; no virtual CPU runs."""
         backend = self.backend
-        backend.on_config_change = backend.on_lost = backend.on_away = backend.on_back = _nothing
+        backend.on_config_change = backend.on_config_refused = backend.on_lost = _nothing
+        backend.on_away = backend.on_back = _nothing
         for kick in self.kicks:
             os.close(kick)
         self.kicks.clear()

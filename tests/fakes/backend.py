@@ -46,6 +46,10 @@ class FakeKind(Record):
     config_size: int = 16
     write_policy: str = "forward"
 
+    def backend_limit(self, reported: int) -> int:
+        """What GET_QUEUE_NUM means."""
+        return reported
+
 
 class FakeBackend:
     """See the module.  `seen` lists (name, payload, number of descriptors) in order."""

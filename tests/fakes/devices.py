@@ -113,6 +113,7 @@ class FakeBackend:
         self.shared_memory = shared_memory
         self.error: Exception | None = None
         self.on_config_change: Callable[[], None] = lambda: None
+        self.on_config_refused: Callable[[], None] = lambda: None
         self.on_lost: Callable[[str], None] = lambda _: None
         self.active: dict[int, QueueSetup] | None = None
         self.calls: dict[int, int | None] = {}

@@ -358,11 +358,10 @@ def test_refused_write_keeps_the_device(bench: Bench) -> None:
 
 
 def test_failed_read_gives_the_last_bytes_and_loses_the_backend(bench: Bench) -> None:
-    backend = bench.backend(script={("GET_CONFIG", 1): fake.reply(Empty())})
+    backend = bench.backend(script={("GET_CONFIG", 1): fake.hang_up})
     frontend = bench.watched(backend)
     assert frontend.read_config(3, 2) == b"\3\4"
     until(lambda: bench.lost)
-    assert "cannot read its configuration" in bench.lost[0]
     assert frontend.read_config(3, 2) == b"\3\4"
 
 

@@ -238,6 +238,17 @@ class TestConfiguration:
         backend.read_config = lambda offset, length: b"\1"
         assert device.read_config(0, 4) == b"\1\0\0\0"
 
+    def test_a_refused_access_asks_for_a_reset_once(self, device, backend, interrupts):
+        """Linux reads the configuration in answer to its interrupt, which may be refused again."""
+        negotiated(device)
+        steps(device, 0xF)
+        for _ in range(3):
+            backend.on_config_refused()
+        assert (device.status, interrupts.config) == (0x4F, 1)
+        backend.on_back()
+        assert device.status == 0x4F, "only a reset ends that"
+        assert steps(device, 0) == 0
+
     def test_lost_is_said_once(self, device, backend, interrupts, capfd):
         negotiated(device)
         backend.on_lost("a")

@@ -93,7 +93,7 @@ def test_queue_rules(name, count, text):
 @pytest.mark.parametrize(
     ("name", "sizes", "text"),
     [
-        ("scsi", (128, 128), ""), ("scsi", (), ""), ("scsi", (128, 256), "most 128 entries a queue, 256 given"),
+        ("scsi", (128, 128), ""), ("scsi", (), ""), ("scsi", (128, 256), "at most 128 entries a queue, 256"),
         ("sound", (128,) * 4, "at most 64"), ("vsock", (1024,) * 3, ""), ("net", (32768,) * 2, ""),
     ],
 )  # fmt: skip
