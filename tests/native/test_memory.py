@@ -236,3 +236,20 @@ def test_address_space_refuses_what_is_out_of_bounds(file, offset, fd_offset, le
         space.map(offset, file, fd_offset, length, True)
     assert maps(space.address) == "---p"
     space.close()
+
+
+@pytest.mark.parametrize("prefault", [False, True])
+def test_clear_empties_every_mapping(prefault):
+    """Pages go back to the host unless they were promised; a peer's mapping shows zeros."""
+    region = memory.GuestRegion(64 * PAGE, prefault=prefault)
+    with mmap.mmap(region.fd, 64 * PAGE) as peer:
+        peer[:] = b"x" * (64 * PAGE)
+        region.clear()
+        blocks = os.fstat(region.fd).st_blocks * 512
+        assert blocks == (64 * PAGE if prefault else 0)
+        assert not any(peer[:])
+        peer[5:6] = b"y"
+        assert at(region.address + 5, 1) == b"y"
+    region.close()
+    with pytest.raises(ValueError, match="closed"):
+        region.clear()
