@@ -21,6 +21,8 @@ MAX_MEMORY = 512 * GIB
 MAX_QUEUES = 256
 IMAGE_TYPES = ("raw", "qcow2")
 CACHES = ("auto", "always", "never", "metadata")
+LOSS_POLICIES = ("reconnect", "stop", "fail")
+PLACEHOLDERS = ("{fd}", "{socket}")  # in `exec`, one of them, for how the backend gets its socket
 PROTOCOLS = ("auto", "pvh", "linux64", "bzimage")
 
 
@@ -56,7 +58,8 @@ class StreamConfig(Record):
 
 
 class GenericDevice(Record):
-    """Any vhost-user backend that listens at `socket` (or is connected at descriptor `fd`)."""
+    """Any vhost-user backend that listens at `socket`, is connected at descriptor `fd`, or is started
+    by `exec`; with `server` it is pyvmm that listens.  `on_loss` overrides the machine's."""
 
     device_type: str
     socket: str = ""
@@ -65,6 +68,9 @@ class GenericDevice(Record):
     config: str = ""
     id: str = ""
     force: bool = False
+    exec: tuple[str, ...] = ()
+    server: bool = False
+    on_loss: str = ""
 
 
 class DiskDevice(Record):
@@ -115,7 +121,8 @@ class ConsoleDevice(Record):
 
 
 class VmConfig(Record):
-    """A whole machine.  `deadline` bounds every vhost-user request, in seconds; with `reboot` a guest
+    """A whole machine.  `deadline` bounds every vhost-user request, in seconds, and
+    `reconnect_timeout` the search for another backend after a loss (0: it has no end); with `reboot` a guest
     that asks for a restart gets one, else its run ends there; `control` is a socket for `pyvmm rings`."""
 
     payload: PayloadConfig
@@ -125,6 +132,8 @@ class VmConfig(Record):
     devices: tuple[Record, ...] = ()
     deadline: float = 10.0
     connect_timeout: float = 10.0
+    on_backend_loss: str = "reconnect"
+    reconnect_timeout: float = 0.0
     reboot: bool = False
     control: str = ""
 
@@ -148,6 +157,9 @@ GENERIC_KEYS = (
     Key("virtio_id", options.string, alias_of="device_type"),
     Key("socket", _plain_path, ""),
     Key("fd", options.integer, -1),
+    Key("exec", lambda text: tuple(options.string(text).split()), ()),
+    Key("server", options.toggle, False),
+    Key("on_loss", options.string, ""),
     Key("queue_sizes", options.integers, ()),
     Key("config", options.string, ""),
     Key("force", options.toggle, False),
@@ -211,11 +223,31 @@ def check_memory(option: str, size: int) -> int:
 def generic(text: str) -> GenericDevice:
     """`device_type=NAME|ID,socket=PATH[,queue_sizes=[N,...]][,config=HEX|@FILE]...`."""
     values = options.parse("--generic-vhost-user", text, GENERIC_KEYS)
-    if bool(values["socket"]) == (values["fd"] >= 0):
-        raise ConfigError("--generic-vhost-user: exactly one of socket= and fd= is needed")
+    if bool(values["socket"]) + (values["fd"] >= 0) + bool(values["exec"]) != 1:
+        raise ConfigError("--generic-vhost-user: exactly one of socket=, fd= and exec= is needed")
+    if values["server"] and not values["socket"]:
+        raise ConfigError("--generic-vhost-user: server=on: socket= must say where to listen")
+    if values["exec"]:
+        _check_command(" ".join(values["exec"]))
+    if values["on_loss"]:
+        loss_policy("--generic-vhost-user: on_loss", values["on_loss"])
     for size in values["queue_sizes"]:
         check_queue_size("--generic-vhost-user", size)
     return GenericDevice(**values)
+
+
+def _check_command(command: str) -> None:
+    if sum(mark in command for mark in PLACEHOLDERS) != 1:
+        raise ConfigError(
+            f"--generic-vhost-user: exec={command}: one of {{fd}} (a listening socket is inherited) and "
+            "{socket} (the path to listen at) must be in it"
+        )
+
+
+def loss_policy(option: str, text: str) -> str:
+    """What is done when a backend is lost."""
+    _one_of(option, text or '""', LOSS_POLICIES)
+    return text
 
 
 def check_queue_size(option: str, size: int) -> int:

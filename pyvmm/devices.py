@@ -50,6 +50,7 @@ class Prepared:
         config: bytes | None = None,
         backend: Any = None,
         force: bool = False,
+        on_loss: str = "",
     ) -> None:
         self.name = name
         self.kind = kind
@@ -58,6 +59,7 @@ class Prepared:
         self._config = config
         self._backend = backend
         self._force = force
+        self._on_loss = on_loss
         self.stream: Stream | None = None
         self.before_waiting: Callable[[], object] | None = None  # see Endpoint
 
@@ -79,6 +81,8 @@ class Prepared:
             self.name,
             connect_timeout=config.connect_timeout,
             force=self._force,
+            on_loss=self._on_loss or config.on_backend_loss,
+            patience=config.reconnect_timeout,
         )
 
     def start(self) -> None:
@@ -201,8 +205,26 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     config = config_bytes(option, device.config, kind)
     if not device.force:
         _check_kind(option, kind, sizes, config)
-    where = device.socket if device.fd < 0 else device.fd
-    return Prepared(device.id or kind.name, kind, sizes, where, config=config, force=device.force)
+    where, backend = _place(option, device)
+    return Prepared(
+        device.id or kind.name, kind, sizes, where,
+        config=config, backend=backend, force=device.force, on_loss=device.on_loss,
+    )  # fmt: skip
+
+
+def _place(option: str, device: cfg.GenericDevice) -> tuple[Endpoint | str | int, Any]:
+    """Where the backend answers, and what is to be closed with the device."""
+    if device.exec:
+        from .host import backends
+
+        process = backends.start_command(device.exec)
+        return process.endpoint, process
+    if device.server:
+        from .vhost_user.endpoint import ListeningEndpoint
+
+        listening = ListeningEndpoint(f"{option}: socket={device.socket}", device.socket)
+        return listening, listening
+    return (device.socket if device.fd < 0 else device.fd), None
 
 
 def _check_kind(option: str, kind: Kind, sizes: tuple[int, ...], config: bytes | None) -> None:
@@ -253,7 +275,7 @@ def _rng(device: cfg.RngDevice) -> Prepared:
 
     cure, tests = "name a readable file or device", (stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)
     os.close(open_file(f"--rng: src={device.src}", device.src, cure, *tests))
-    return _python(device.id or "rng", "rng", (256,), process.spawn(make, name="rng"))
+    return _python(device.id or "rng", "rng", (256,), lambda: process.spawn(make, name="rng"))
 
 
 def _console(device: cfg.ConsoleDevice) -> Prepared:
@@ -266,22 +288,27 @@ def _console(device: cfg.ConsoleDevice) -> Prepared:
         listener = stream.listener.fileno() if isinstance(stream, ListeningStream) else -1
         ports = [PortConfig("", True, stream.input_fd, stream.output_fd, listener)]
         ports += [PortConfig(port.name, False, port.fd, port.fd) for port in device.ports]
-        backend = process.spawn_console(ports)
+        queues = (128,) * (2 * len(ports) + 2)
+        prepared = _python(
+            device.id or "console", "console", queues, lambda: process.spawn_console(ports),
+            final="the descriptors of its ports went with it" if device.ports else "",
+        )  # fmt: skip
     except BaseException:
         stream.close()
         raise
-    queues = (128,) * (2 * len(ports) + 2)
-    prepared = _python(device.id or "console", "console", queues, backend)
     prepared.stream = stream
     return prepared
 
 
-def _python(name: str, kind: str, queue_sizes: tuple[int, ...], backend: DeviceProcess) -> Prepared:
+def _python(
+    name: str, kind: str, queue_sizes: tuple[int, ...], spawn: Callable[[], DeviceProcess], final: str = ""
+) -> Prepared:
     """A device of ours in a process of its own, which is connected already."""
-    from .vhost_user.endpoint import CallEndpoint
+    from .host.handover import ForkedEndpoint
 
-    where = CallEndpoint(name, lambda _: backend.take_socket())
-    return Prepared(name, _kind(kind), queue_sizes, where, backend=backend)
+    where = ForkedEndpoint(name, spawn)
+    where.final = final
+    return Prepared(name, _kind(kind), queue_sizes, where, backend=where)
 
 
 def _kind(name: str) -> Kind:

@@ -85,6 +85,7 @@ class RunConfig(Record):
     cwd: str = "/"
     root: str = "/"
     share: tuple[str, ...] = ()
+    on_backend_loss: str = "stop"
 
 
 class Stages:
@@ -191,6 +192,7 @@ class CommandRun:
                 FsDevice(ROOT_TAG, config.root, readonly=True, cache="always"),
                 *(FsDevice(f"share{i}", path) for i, path in enumerate(config.share)),
             ),
+            on_backend_loss=config.on_backend_loss,
         )
 
     # -- events ----------------------------------------------------------------------------

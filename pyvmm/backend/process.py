@@ -64,6 +64,15 @@ class DeviceProcess:
                 self.status = code if code >= 0 else 128 - code
         return self.status
 
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.pidfd < 0 or self.wait(0) is not None
+
+    def kill(self, number: int) -> None:
+        """Send a signal to it while it runs."""
+        if not self.ended():
+            signal.pidfd_send_signal(self.pidfd, number)
+
     def close(self) -> None:
         """End and reap the process; harmless when repeated."""
         if self.pidfd < 0:
@@ -74,7 +83,7 @@ class DeviceProcess:
         for sign, seconds in ((0, STOP_SECONDS), (signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, 60.0)):
             if sign and self.status is None:
                 log.debug(f"{self.name} backend does not end; sending signal {sign}")
-                os.kill(self.pid, sign)
+                self.kill(sign)
             if self.wait(seconds) is not None:
                 break
         os.close(self.pidfd)

@@ -31,8 +31,10 @@ COMMAND = Command(
         Option("--fs", "tag=TAG,dir=DIR[,readonly=on] or tag=TAG,socket=PATH", "virtio-fs", True),
         Option(
             "--generic-vhost-user",
-            "socket=PATH,device_type=NAME|ID[,queue_sizes=[N,...]][,config=HEX|@FILE|[FIELD=V,...]]",
-            "any vhost-user backend; virtio_id= is the same as device_type=",
+            "device_type=NAME|ID,socket=PATH[,server=on]|exec=CMD|fd=N[,queue_sizes=[N,...]]"
+            "[,config=HEX|@FILE|[FIELD=V,...]][,on_loss=POLICY]",
+            "any vhost-user backend: one that listens at PATH, connects to PATH, is started by CMD, or is "
+            "connected at descriptor N; virtio_id= is the same as device_type=",
             True,
         ),
         Option("--rng", "src=FILE", "virtio-rng with bytes from FILE (default /dev/urandom)", True),
@@ -40,6 +42,12 @@ COMMAND = Command(
         Option("--serial", "off|null|tty|pty|file=PATH|socket=PATH", "ttyS0 (default null)"),
         Option("--deadline", "SECONDS", "limit for each vhost-user request (default 10)"),
         Option("--connect-timeout", "SECONDS", "how long to wait for a backend's socket (default 10)"),
+        Option(
+            "--on-backend-loss",
+            "reconnect|stop|fail",
+            "when a backend is lost: look for it again (default), end, or go on without the device",
+        ),
+        Option("--reconnect-timeout", "SECONDS", "how long to look for it (default: for ever)"),
         Option("--control", "SOCKET", "tell at SOCKET where the virtqueues are (see pyvmm rings)"),
         Option("--no-reboot", "", "end when the guest restarts, with status 0"),
         Option("--force", "", "allow devices fewer queues than their drivers need"),
@@ -58,7 +66,8 @@ COMMAND = Command(
         ),
     ),
     details="A guest that powers off ends with status 0, one that restarts goes on with its devices;\n"
-    "a crash of a virtual CPU ends with 126, a bad option with 2.",
+    "a crash of a virtual CPU ends with 126, a bad option with 2, a lost backend (with\n"
+    "--on-backend-loss stop) with 70.",
 )
 DEVICES = (
     ("disk", config.disk),
@@ -93,9 +102,17 @@ def machine(given: Arguments) -> config.VmConfig:
         devices=tuple(_devices(given, console)),
         deadline=config.seconds("--deadline", given.text("deadline", "10")),
         connect_timeout=config.seconds("--connect-timeout", given.text("connect_timeout", "10")),
+        on_backend_loss=config.loss_policy("--on-backend-loss", given.text("on_backend_loss", "reconnect")),
+        reconnect_timeout=_patience(given),
         control=given.text("control"),
         reboot=not given.count("no_reboot"),
     )
+
+
+def _patience(given: Arguments) -> float:
+    """0 is for ever."""
+    text = given.text("reconnect_timeout")
+    return config.seconds("--reconnect-timeout", text) if text else 0.0
 
 
 def _devices(given: Arguments, console: config.StreamConfig) -> list[Record]:

@@ -11,14 +11,17 @@ import fcntl
 import os
 import stat
 
-from .. import log
+from .. import cache, log
+from ..config import PLACEHOLDERS
 from ..errors import ConfigError
 from ..files import open_file
 from ..record import Record
-from .handover import BackendProcess
+from .handover import BackendProcess, ListeningProcess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..config import DiskDevice, FsDevice
 
 # Where distributions put programs that are not meant for PATH
@@ -33,6 +36,7 @@ LIBRARY_DIRS = (
 # Where backends announce themselves (QEMU's docs/interop/vhost-user.json), best first
 DESCRIPTION_DIRS = ("/etc/qemu/vhost-user", "/usr/share/qemu/vhost-user")
 
+FD, SOCKET = PLACEHOLDERS
 C_VIRTIOFSD_MARK = b"using FUSE kernel interface"  # printed by the C one's --version only
 C_CACHE_NAMES = {"never": "none"}  # where it differs from the one in Rust
 QCOW2_MAGIC = b"QFI\xfb"
@@ -43,9 +47,9 @@ READ_ONLY_ERRORS = (errno.EPERM, errno.EACCES, errno.EROFS)
 
 
 def find_program(name: str) -> str | None:
-    """Absolute path of a program in PATH, in cargo's directory or where QEMU keeps its helpers."""
+    """Absolute path of a program in PATH, in cargo's directory, QEMU's, or where scripts/backends puts it."""
     home = os.environ.get("HOME", "")
-    dirs = [*os.get_exec_path(), f"{home}/.cargo/bin", *LIBRARY_DIRS]
+    dirs = [*os.get_exec_path(), f"{home}/.cargo/bin", *LIBRARY_DIRS, cache.directory("backends", "bin")]
     for path in (os.path.join(folder, name) for folder in dirs if folder):
         if os.access(path, os.X_OK) and os.path.isfile(path):
             return os.path.abspath(path)
@@ -183,6 +187,19 @@ def _sysctl(path: str, default: int) -> int:
             return int(file.read())
     except (OSError, ValueError):
         return default
+
+
+def start_command(words: Sequence[str]) -> BackendProcess:
+    """Start a command of the user's; see `config.PLACEHOLDERS`.  Raises ConfigError."""
+    program = words[0] if "/" in words[0] else find_program(words[0]) or words[0]
+    name = os.path.basename(program)
+
+    def argv(mark: str, value: str) -> list[str]:
+        return [program, *(word.replace(mark, value) for word in words[1:])]
+
+    if any(SOCKET in word for word in words):
+        return ListeningProcess(name, lambda path: argv(SOCKET, path))
+    return BackendProcess(name, lambda fd: argv(FD, str(fd)))
 
 
 def start_disk(device: DiskDevice) -> BackendProcess:

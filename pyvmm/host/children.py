@@ -55,13 +55,22 @@ class Child:
                 self.status = code if code >= 0 else 128 - code
         return self.status
 
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.pidfd < 0 or self.wait(0) is not None
+
+    def kill(self, number: int) -> None:
+        """Send a signal to it while it runs."""
+        if not self.ended():
+            signal.pidfd_send_signal(self.pidfd, number)
+
     def close(self) -> None:
         """End it, politely first, and reap it."""
         if self.pidfd < 0:
             return
         for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.wait(0) is None:
-                signal.pidfd_send_signal(self.pidfd, number)
+            if not self.ended():
+                self.kill(number)
                 self.wait(_GRACE_MS)
         os.close(self.pidfd)
         os.close(self._output)

@@ -1,28 +1,61 @@
-"""Starting a backend with its socket in hand, and what can be told when it ends.
+"""Starting a backend with its socket in hand, again after each loss, and what is told when it ends.
 
-It owns the process and the hand-over of the socket: the listening socket is made, connected
-to and unlinked before the program starts, so there is nothing to wait for, nobody else can
-connect, and no file is left behind.  It must not know what the program serves, nor what
-virtio does with the connection.
+It owns the process and the hand-over of the socket.  Where we make the listening socket it is
+connected to and unlinked before the program starts, so there is nothing to wait for, nobody
+else can connect, and no file is left behind.  A program serves one connection: many end with it
+anyway, and what is left in another one's memory is of no use to a machine.  It must not know
+what the program serves, nor what virtio does with the connection.
 """
 
 from __future__ import annotations
 
 import os
 from _socket import AF_UNIX, SOCK_STREAM, socket
+from time import monotonic, sleep
 
+from ..ending import waiting
 from ..errors import ConfigError
+from ..lean import signal
 from ..vhost_user.endpoint import Endpoint
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Protocol
 
+    from ..backend.process import DeviceProcess
     from .children import Child
 
     Arguments = Callable[[int], Sequence[str]]  # from the listening socket's number to argv
+    PathArguments = Callable[[str], Sequence[str]]  # from the path to listen at
+
+    class Process(Protocol):
+        """A child of ours."""
+
+        def ended(self) -> bool: ...
+        def kill(self, number: int) -> None: ...
+
 
 DEATH_MS = 300  # how long a program whose connection broke may take to end and say why
+GRACE = 2.0  # seconds that a program without a connection gets to end when it is asked to
+
+
+class Leaving:
+    """Ends a process in the course of some calls, none of which waits."""
+
+    def __init__(self) -> None:
+        self._asked = 0.0
+
+    def over(self, process: Process) -> bool:
+        """Whether it has ended; it is asked to the first time, and forced when it takes too long."""
+        if process.ended():
+            return True
+        if not self._asked:
+            self._asked = monotonic()
+            process.kill(signal.SIGTERM)
+        elif monotonic() - self._asked > GRACE:
+            process.kill(signal.SIGKILL)
+        return False
 
 
 class BackendProcess:
@@ -36,19 +69,32 @@ class BackendProcess:
     def __init__(
         self, name: str, argv: Arguments, lock: int = -1, prepare: Callable[[], None] | None = None
     ) -> None:
+        self.name = name
+        self._argv, self._prepare = argv, prepare
+        self._lock = lock
+        self._begin()
+
+    def _begin(self) -> None:
+        self._waiting: socket | None = None
+        self._served = False
+        self._leaving = Leaving()
+        self.child = self._launch()
+        self.endpoint = StartedEndpoint(self)
+
+    def _launch(self) -> Child:
+        """A fresh process, and a connection to it in `_waiting`."""
         from .children import Child
 
-        self.name = name
         listener, connection = connected_listener()
         try:
-            self.child = Child(argv(listener.fileno()), (listener.fileno(),), prepare)
+            child = Child(self._argv(listener.fileno()), (listener.fileno(),), self._prepare)
         except BaseException:
             connection.close()
             raise
         finally:
             listener.close()
-        self.endpoint = StartedEndpoint(name, connection, self.child)
-        self._lock = lock
+        self._waiting = connection
+        return child
 
     @property
     def pid(self) -> int:
@@ -60,43 +106,144 @@ class BackendProcess:
         """Readable when the process has ended."""
         return self.child.pidfd
 
+    def connection(self) -> socket | None:
+        """A connection to a process that has had none, which may have to be started; None: not yet.
+
+        Raises ConfigError when the program ended without a connection, or cannot be started.
+        """
+        if self._served:
+            if not self._leaving.over(self.child):
+                return None
+            self.child.close()
+            self.child = self._launch()
+            self._served, self._leaving = False, Leaving()
+        sock = self._connect()
+        if sock is None and self.child.ended():
+            self._served = True  # it has had its turn
+            raise ConfigError(f"{self.name} did not listen{self.explain()}")
+        self._served = sock is not None
+        return sock
+
+    def _connect(self) -> socket | None:
+        sock, self._waiting = self._waiting, None
+        return sock
+
+    def explain(self) -> str:
+        """How the process ended and the last line that it printed."""
+        if self.child.pidfd < 0:
+            return ""
+        status = self.child.wait(DEATH_MS)
+        words = self.child.last_words()
+        end = f"it ended with status {status}" if status is not None else "it still runs"
+        return f" ({end}: {words})" if words else f" ({end})"
+
     def close(self) -> None:
         """End and reap the process, and drop a connection that nobody took; harmless when repeated."""
-        self.endpoint.close()
+        if self._waiting is not None:
+            self._waiting.close()
+            self._waiting = None
         self.child.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
 
-class StartedEndpoint(Endpoint):
-    """The one connection to a backend that was started here."""
+class ListeningProcess(BackendProcess):
+    """A backend that makes its socket itself, at the path that `argv` gets: in a directory of ours."""
 
-    def __init__(self, name: str, connection: socket, child: Child) -> None:
-        super().__init__(name)
-        self._connection: socket | None = connection
-        self._child = child
+    def __init__(self, name: str, argv: PathArguments) -> None:
+        self.name = name
+        self._folder = _private_directory()
+        self._path = os.path.join(self._folder, "s")
+        self._path_argv = argv
+        self._lock = -1
+        try:
+            self._begin()
+        except BaseException:
+            self._remove()
+            raise
 
-    def connect(self, timeout: float) -> socket:
-        connection, self._connection = self._connection, None
-        if connection is None:
-            raise ConfigError(f"{self.name}: serves one connection, and that was taken")
-        return connection
+    def _launch(self) -> Child:
+        from .children import Child
 
-    def explain(self) -> str:
-        """How the process ended and the last line that it printed."""
-        if self._child.pidfd < 0:
-            return ""
-        status = self._child.wait(DEATH_MS)
-        words = self._child.last_words()
-        end = f"it ended with status {status}" if status is not None else "it still runs"
-        return f" ({end}: {words})" if words else f" ({end})"
+        self._unlink()
+        return Child(self._path_argv(self._path))
+
+    def _connect(self) -> socket | None:
+        sock = socket(AF_UNIX, SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            sock.connect(self._path)
+        except OSError:
+            sock.close()
+            return None
+        return sock
 
     def close(self) -> None:
-        """Drop the connection if nobody took it."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        super().close()
+        self._remove()
+
+    def _unlink(self) -> None:
+        for name in os.listdir(self._folder):
+            os.unlink(os.path.join(self._folder, name))
+
+    def _remove(self) -> None:
+        if os.path.isdir(self._folder):
+            self._unlink()
+            os.rmdir(self._folder)
+
+
+class StartedEndpoint(Endpoint):
+    """Connects to a `BackendProcess`, each time to a fresh one."""
+
+    same_again = True
+
+    def __init__(self, process: BackendProcess) -> None:
+        super().__init__(process.name)
+        self.process = process
+
+    def connect(self, timeout: float) -> socket:
+        end, pause = monotonic() + timeout, 0.002
+        while (sock := self.process.connection()) is None:
+            if monotonic() > end:
+                raise ConfigError(f"{self.name}: does not listen (waited {timeout:g} s)")
+            self.before_waiting()
+            with waiting():
+                sleep(pause)
+            pause = min(pause * 1.5, 0.1)
+        return sock
+
+    def reconnect(self) -> socket | None:
+        return self.process.connection()
+
+    def explain(self) -> str:
+        return self.process.explain()
+
+
+class ForkedEndpoint(Endpoint):
+    """A backend of ours in a process that `spawn` forks, again after each loss; `close` ends it."""
+
+    same_again = True
+
+    def __init__(self, name: str, spawn: Callable[[], DeviceProcess]) -> None:
+        super().__init__(name)
+        self._spawn = spawn
+        self._leaving = Leaving()
+        self.process = spawn()
+
+    def connect(self, timeout: float) -> socket:
+        return self.process.take_socket()
+
+    def reconnect(self) -> socket | None:
+        if not self._leaving.over(self.process):
+            return None
+        self.process.close()
+        self.process, self._leaving = self._spawn(), Leaving()
+        return self.process.take_socket()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.close()
 
 
 def connected_listener() -> tuple[socket, socket]:

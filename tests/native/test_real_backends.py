@@ -188,7 +188,7 @@ def test_a_killed_backend_is_reported_with_its_end(rig: Rig, tmp_path: Path) -> 
     frontend.activate(VERSION_1, [ring.setup for ring in rings])
     endpoint = frontend._endpoint
     assert isinstance(endpoint, StartedEndpoint)
-    os.kill(endpoint._child.pid, signal.SIGKILL)
+    os.kill(endpoint.process.pid, signal.SIGKILL)
     rig.pump(lambda: rig.lost)
     assert rig.lost == ["the backend closed the connection (it ended with status 137)"]
 

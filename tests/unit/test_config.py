@@ -51,7 +51,7 @@ def test_streams(text: str, value: StreamConfig) -> None:
         (config.memory, "size=8M", "16M to 512G"),
         (config.memory, "size=1G,shared=off", "shared=on"),
         (config.memory, "sise=1G", "did you mean 'size'"),
-        (config.generic, "device_type=fs", "exactly one of socket= and fd="),
+        (config.generic, "device_type=fs", "exactly one of socket=, fd= and exec="),
         (config.generic, "socket=x", "device_type= is missing"),
         (config.generic, "socket=x,virtio_id=1,queue_sizes=[100]", "queue size 100: a power of two"),
         (config.generic, "socket=x,virtio_id=1,queue_sizes=[0]", "queue size 0: a power of two"),
