@@ -219,7 +219,7 @@ def await_reset_wish(driver):
 
 
 def test_a_backend_that_dies_costs_its_device_only(machine, loop, started, capfd):
-    with Vm(machine(SPIN, RNG, RNG), loop) as built:
+    with Vm(machine(SPIN, RNG, RNG, on_backend_loss="fail"), loop) as built:
         dying, living = Entropy(built, 1, RINGS), Entropy(built, 2, RINGS + 0x1_0000)
 
         def steps():
@@ -241,7 +241,7 @@ def test_a_backend_that_dies_costs_its_device_only(machine, loop, started, capfd
 
 
 def test_a_backend_that_dies_before_the_guest_runs(machine, loop, started):
-    with Vm(machine(SPIN, RNG, RNG), loop) as built:
+    with Vm(machine(SPIN, RNG, RNG, on_backend_loss="fail"), loop) as built:
         os.kill(min(started()), signal.SIGKILL)
         dead, living = Entropy(built, 1, RINGS), Entropy(built, 2, RINGS + 0x1_0000)
 
