@@ -62,8 +62,9 @@ class FakeBackend:
         config: bytes = bytes(range(16)),
         queues: int = 4,
         script: Script | None = None,
+        sock: socket.socket | None = None,
     ) -> None:
-        ours, self.frontend_end = socket.socketpair()
+        ours, self.frontend_end = (sock, socket.socket()) if sock else socket.socketpair()
         self.channel = Channel(ours)
         self.responder = Responder(FRONTEND_REQUESTS, Negotiation(virtio, protocol), os.close)
         self.virtio, self.protocol, self.queues = virtio, protocol, queues
