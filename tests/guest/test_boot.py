@@ -184,19 +184,6 @@ def test_the_serial_port_goes_to_a_file(machine: Machine, own: Kernel, scratch: 
     assert b"over the wire" in (scratch / "serial").read_bytes()
 
 
-def test_a_restart_ends_the_run_in_order(machine: Machine, own: Kernel, scratch: Path) -> None:
-    image = disk_image(scratch, "echo going; reboot -f")
-    done = machine.pyvmm(
-        "--kernel",
-        own.path,
-        "--disk",
-        f"path={image}",
-        "--cmdline",
-        "console=hvc0 panic=-1 root=/dev/vda1 ro quiet",
-    ).ok()
-    assert b"going" in done.stdout, repr(done)
-
-
 def test_a_triple_fault_is_reported(machine: Machine, own: Kernel, scratch: Path) -> None:
     """reboot=t makes Linux end by a triple fault."""
     image = disk_image(scratch, "reboot -f")
