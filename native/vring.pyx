@@ -341,6 +341,20 @@ cdef class GuestMemory:
         return FINE
 
 
+cdef list arrays_of(list views, dtype):
+    from numpy import frombuffer        # costs more than a guest's start: only who asks pays
+
+    return [frombuffer(view, dtype) for view in views]
+
+
+cdef object only_of(list arrays, dtype):
+    from numpy import empty
+
+    if len(arrays) > 1:
+        raise ValueError(f"the bytes are in {len(arrays)} places; ask for the arrays of each")
+    return arrays[0] if arrays else empty(0, dtype)
+
+
 @cython.final
 @cython.freelist(64)
 cdef class Chain:
@@ -416,6 +430,25 @@ cdef class Chain:
             self.memory.writable_views, self.parts.readable_count, self.parts.count, self.write_at
         )
 
+    def readable_arrays(self, dtype="u1"):
+        """`readable_views` as read-only NumPy arrays of `dtype`; ValueError where a view has a rest."""
+        return arrays_of(self.readable_views(), dtype)
+
+    def writable_arrays(self, dtype="u1"):
+        """`writable_views` as NumPy arrays of `dtype`: what is stored there is in the guest at once."""
+        return arrays_of(self.writable_views(), dtype)
+
+    def readable_array(self, dtype="u1"):
+        """The device-readable bytes that are left as one array, without a copy.
+
+        ValueError when they are in several places, as drivers may have it: `readable_arrays`.
+        """
+        return only_of(self.readable_arrays(dtype), dtype)
+
+    def writable_array(self, dtype="u1"):
+        """The device-writable bytes that are left as one array; ValueError as `readable_array`."""
+        return only_of(self.writable_arrays(dtype), dtype)
+
     def skip(self, uint64_t count):
         """Count bytes taken from `readable_views` as read."""
         if count > self.parts.readable - self.read_at:
@@ -459,19 +492,25 @@ cdef class Chain:
                 return
 
     cdef list _views(self, tuple regions, uint32_t first, uint32_t end, uint64_t skip):
+        """One view for each run of buffers that follow one another in one region."""
         cdef list views = []
-        cdef uint32_t i
-        cdef uint64_t start, stop
+        cdef uint32_t i, region = 0
+        cdef uint64_t start, begin = 0, stop = 0
         cdef Segment *segment
         for i in range(first, end):
             segment = &self.parts.items[i]
             if skip >= segment.length:
                 skip -= segment.length
                 continue
-            start = <uint64_t> (segment.host - self.memory.regions[segment.region].host)
-            stop = start + segment.length
-            views.append(regions[segment.region][start + skip:stop])
+            start = <uint64_t> (segment.host - self.memory.regions[segment.region].host) + skip
+            if start != stop or segment.region != region:
+                if stop > begin:
+                    views.append(regions[region][begin:stop])
+                begin, region = start, segment.region
+            stop = start + segment.length - skip
             skip = 0
+        if stop > begin:
+            views.append(regions[region][begin:stop])
         return views
 
 

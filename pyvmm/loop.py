@@ -97,11 +97,7 @@ class EventLoop:
     def run(self) -> None:
         """Dispatch until `stop`.  An exception in a callback ends the loop and is raised."""
         while not self._stopped:
-            for fd, _ in self._epoll.poll(self._timeout()):
-                callback = self._readers.get(fd)
-                if callback is not None:
-                    callback()
-            self._run_timers()
+            self._turn(self._timeout())
 
     def close(self) -> None:
         """Close the loop's own descriptors; readers' descriptors belong to others."""
@@ -119,6 +115,14 @@ class EventLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+    def _turn(self, timeout: float | None) -> None:
+        """Wait for something to happen, at most so many seconds, and dispatch it."""
+        for fd, _ in self._epoll.poll(timeout):
+            callback = self._readers.get(fd)
+            if callback is not None:
+                callback()
+        self._run_timers()
 
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0].callback is None:

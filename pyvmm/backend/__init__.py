@@ -19,14 +19,36 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from .aio import serve_async as serve_async
     from .config import ConfigSpace as ConfigSpace
     from .device import Device as Device
+    from .local import DeviceThread as DeviceThread
+    from .process import DeviceProcess as DeviceProcess
+    from .process import spawn as spawn
     from .queue import Queue as Queue
     from .server import serve as serve
 
-__all__ = ["ConfigSpace", "Device", "Queue", "serve"]
+_HOMES = {
+    "ConfigSpace": "config",
+    "Device": "device",
+    "DeviceProcess": "process",
+    "DeviceThread": "local",
+    "Queue": "queue",
+    "serve": "server",
+    "serve_async": "aio",
+    "spawn": "process",
+}
 
-_HOMES = {"ConfigSpace": "config", "Device": "device", "Queue": "queue", "serve": "server"}
+__all__ = [
+    "ConfigSpace",
+    "Device",
+    "DeviceProcess",
+    "DeviceThread",
+    "Queue",
+    "serve",
+    "serve_async",
+    "spawn",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -26,18 +26,27 @@ from ..vhost_user.messages import (
 )
 from ..vhost_user.payloads import U64, Config, Empty, VringState
 from ..vhost_user.session import Negotiation, Responder
+from .device import Device
 from .inflight import create
 from .memory import MAX_SLOTS
 from .queue import Queue, close_fd
 from .running import F_EVENT_IDX, F_INDIRECT_DESC, F_RING_PACKED, Refused, RunningQueues
+from .state import FAILED, LOAD, PHASE_STOPPED, SAVE, USE_YOURS, Transfer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ..vhost_user.codec import Message
-    from ..vhost_user.payloads import Inflight, MemTable, Payload, SingleRegion, VringAddr, VringFile
-    from .device import Device
+    from ..vhost_user.payloads import (
+        DeviceState,
+        Inflight,
+        MemTable,
+        Payload,
+        SingleRegion,
+        VringAddr,
+        VringFile,
+    )
     from .loop import DeviceLoop
 
 F_VERSION_1 = 1 << 32
@@ -50,6 +59,7 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.DEVICE_STATE
 )
 MESSAGES_A_TURN = 64  # a flood of messages must not keep the queues from their turn
 
@@ -67,6 +77,7 @@ class Connection:
         self._channel = Channel(sock)
         self._responder = Responder(FRONTEND_REQUESTS, self.agreed, os.close)
         self._reply_fds: list[int] = []  # what goes with the answer to the request in hand
+        self._transfer: Transfer | None = None
         self._backend_channel: Channel | None = None
         self.closed = False
         device.connection = self
@@ -255,12 +266,37 @@ class Connection:
     def set_inflight_fd(self, payload: Inflight, message: Message) -> None:
         self._running.track(payload, message.fds[0])
 
+    # -- state
+
+    def set_device_state_fd(self, payload: DeviceState, message: Message) -> Payload:
+        if payload.phase != PHASE_STOPPED or payload.direction not in (SAVE, LOAD):
+            raise RemoteProtocolError(f"state in direction {payload.direction}, phase {payload.phase}")
+        if self._running.busy() or self._transfer is not None:
+            return U64(FAILED)
+        data = self.device.save_state() if payload.direction == SAVE else None
+        self._transfer = Transfer(message.take_fds()[0], data)
+        return U64(USE_YOURS)
+
+    def check_device_state(self, payload: Empty, message: Message) -> Payload:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None or not transfer.finish():
+            return U64(1)
+        if transfer.loads:
+            try:
+                self.device.load_state(bytes(transfer.data))
+            except ValueError as error:
+                log.warn(f"{type(self.device).__name__.lower()} backend: unusable state: {error}")
+                return U64(1)
+        return U64(0)
+
 
 def protocol_features(device: Device) -> int:
     """The protocol features that make sense for `device`."""
     lacking = 0 if len(device.config) else ProtocolFeature.CONFIG
     if not device.inflight:
         lacking |= ProtocolFeature.INFLIGHT_SHMFD
+    if type(device).save_state is Device.save_state:
+        lacking |= ProtocolFeature.DEVICE_STATE
     return PROTOCOL_FEATURES & ~lacking
 
 

@@ -91,6 +91,19 @@ class Device:
         """The driver writes `data` at `offset` of the configuration space."""
         self.config.write(offset, data)
 
+    # -- state -----------------------------------------------------------------------------
+
+    def save_state(self) -> bytes:
+        """What another instance needs to go on where this one is; all queues are stopped.
+
+        Rings are not part of it.  A device without this method is not asked (DEVICE_STATE).
+        """
+        raise TypeError(f"{type(self).__name__} has no save_state")
+
+    def load_state(self, data: bytes) -> None:
+        """Go on where the instance was that saved `data`; ValueError when it makes no sense."""
+        raise TypeError(f"{type(self).__name__} has no load_state")
+
     # -- device to driver ------------------------------------------------------------------
 
     def config_changed(self) -> None:

@@ -64,6 +64,15 @@ class DeviceLoop(EventLoop):
         if watch is not None:
             watch.close()
 
+    def fileno(self) -> int:
+        """Readable when `turn` has something to do, timers aside: for a loop around this one."""
+        return self._epoll.fileno()
+
+    def turn(self) -> float | None:
+        """Dispatch what is ready, without waiting; seconds until the next timer, None without one."""
+        self._turn(0)
+        return self._timeout()
+
     def close(self) -> None:
         for fd in list(self._writers):
             self.remove_writer(fd)

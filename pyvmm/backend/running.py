@@ -121,6 +121,10 @@ class RunningQueues:
         self._watch(queue)
         self._serve(queue)  # what came before the kick descriptor did
 
+    def busy(self) -> bool:
+        """Whether a queue runs, and could change what the device's state is."""
+        return any(queue.running for queue in self.queues)
+
     def stop(self, queue: Queue) -> int:
         """End `queue`; the base from which it could go on."""
         if queue.ring is not None and queue.ring.running:
