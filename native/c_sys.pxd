@@ -21,6 +21,7 @@ cdef extern from "<sys/mman.h>" nogil:
         MAP_NORESERVE
         MAP_FIXED
         MADV_HUGEPAGE
+        MADV_POPULATE_READ
         MADV_POPULATE_WRITE
         MADV_REMOVE
 

@@ -7,7 +7,7 @@ while a memoryview of it lives, because a later access would hit whatever was ma
 there next.
 """
 
-from libc.errno cimport errno
+from libc.errno cimport EINVAL, errno
 from libc.stdint cimport uint8_t, uintptr_t
 from libc.string cimport memset
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -211,6 +211,19 @@ cdef class AddressSpace:
         """Take away whatever is mapped there; a part without a mapping is no error."""
         self._check(offset, length)
         self._place(offset, length, c.PROT_NONE, _RESERVE, -1, 0)
+
+    def intact(self, offset, length):
+        """Whether the end of a mapping of `length` bytes at `offset` still has memory behind it.
+
+        A file loses its end when it is cut short.  True as well where the kernel cannot tell (before 5.14).
+        """
+        self._check(offset, length)
+        cdef void *last = <uint8_t *>self._base + <size_t>(offset + length - PAGESIZE)
+        cdef size_t page = PAGESIZE
+        cdef int result
+        with nogil:
+            result = c.madvise(last, page, c.MADV_POPULATE_READ)
+        return result == 0 or errno == EINVAL
 
     def close(self):
         """Give the addresses back; harmless when repeated."""

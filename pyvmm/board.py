@@ -11,7 +11,7 @@ from . import layout
 from .acpi.tables import build_tables
 from .bus import Bus
 from .irq import InterruptRouter
-from .lean import ExitStack
+from .lean import ExitStack, Lock
 from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
 from .pci.host import PciHost
 from .virtio.pci import VirtioPciFunction
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .layout import RamRange
     from .loop import EventLoop
     from .serial import SerialPort
+    from .slots import MemorySlots
     from .vhost_user.frontend import Frontend
     from .virtio.device import VirtioDevice
 
@@ -48,6 +49,10 @@ class Board:
         self._owned = ExitStack()
         self._has_serial = False
         self.devices: list[VirtioDevice] = []
+        self._slots: MemorySlots | None = None
+        self._mapping: list[Frontend] = []
+        self._mend_lock = Lock()
+        self._mended = 0
         self.mmio, self.pio = Bus("memory"), Bus("ports")
         self.router = InterruptRouter(vm)
         self.pci = PciHost(self.mmio, self.router, layout.mmio64_base(config.memory.size))
@@ -71,6 +76,30 @@ class Board:
             self.pci.add(function)
             undo.pop_all()
         self.devices.append(function.device)
+        if frontend.shared_memory:
+            self._open_memory(function, frontend)
+
+    def _open_memory(self, function: VirtioPciFunction, frontend: Frontend) -> None:
+        from ._native.kvm import KVM_CAP_NR_MEMSLOTS
+        from ._native.memory import AddressSpace
+        from .slots import MemorySlots
+
+        if self._slots is None:
+            self._slots = MemorySlots(self._vm, self._vm.check_extension(KVM_CAP_NR_MEMSLOTS))
+        function.open_memory(AddressSpace, self._slots)
+        self._mapping.append(frontend)
+
+    def mend_memory(self) -> int:
+        """A CPU went where no memory is: take away what backends mapped and lost.  From CPUs' threads.
+
+        Returns how many mappings that made since the machine began: it can go on if there are more.
+        """
+        with self._mend_lock:
+            gone = sum([frontend.mappings.drop_broken() for frontend in self._mapping])
+            if not gone:  # memory may also be full: there is no telling whose
+                gone = sum([frontend.mappings.drop_broken(every=True) for frontend in self._mapping])
+            self._mended += gone
+            return self._mended
 
     def tables(self) -> bytes:
         """The ACPI tables that describe all of it, for layout.ACPI_TABLES."""

@@ -151,7 +151,8 @@ class Machine:
     def _prepare_threads(self) -> None:
         from .vcpus import Exits, VcpuThreads
 
-        self._threads = VcpuThreads(self._vcpus, Exits(self.board.mmio, self.board.pio), self._vcpu_ended)
+        exits = Exits(self.board.mmio, self.board.pio, self.board.mend_memory)
+        self._threads = VcpuThreads(self._vcpus, exits, self._vcpu_ended)
 
     # -- life ------------------------------------------------------------------------------
     def start(self) -> None:

@@ -8,6 +8,9 @@ decides.
 
 from __future__ import annotations
 
+from errno import EFAULT
+
+from .errors import KvmError
 from .lean import Thread
 
 TYPE_CHECKING = False
@@ -22,11 +25,16 @@ if TYPE_CHECKING:
 
 
 class Exits:
-    """What the native run loop calls, with plain integers, for each access it cannot finish."""
+    """What the native run loop calls, with plain integers, for each access it cannot finish.
 
-    __slots__ = ("io_read", "io_write", "mmio_read", "mmio_write")
+    `mend` is called when the guest went where the host has no memory: it takes such memory away, and
+    returns how often it has done that.
+    """
 
-    def __init__(self, mmio: Bus, pio: Bus) -> None:
+    __slots__ = ("io_read", "io_write", "mend", "mmio_read", "mmio_write")
+
+    def __init__(self, mmio: Bus, pio: Bus, mend: Callable[[], int] = int) -> None:
+        self.mend = mend
         self.mmio_read = mmio.read
         self.mmio_write = mmio.write
         self.io_read = pio.read
@@ -64,9 +72,15 @@ class VcpuThreads:
 
     def _main(self, vcpu: Vcpu) -> None:
         result: tuple[int, dict[str, Any]] | BaseException
-        try:
-            result = vcpu.run(self._exits)
-        except BaseException as error:
-            result = error
+        mended, again = 0, True
+        while again:
+            try:
+                result = vcpu.run(self._exits)
+            except BaseException as error:
+                result = error
+            before = mended
+            if isinstance(result, KvmError) and result.errno == EFAULT:
+                mended = self._exits.mend()
+            again = mended != before  # the access is repeated, and finds nothing there now
         if not self._stopping:
             self._on_exit(vcpu.id, result)

@@ -19,10 +19,11 @@ from .endpoint import endpoint
 from .inflight import InflightBuffer
 from .link import Link
 from .memory import MemoryTable
-from .opening import Opening
+from .opening import Agreed, Opening
 from .progress import all_in_order, moved, used_index
 from .recovery import FAIL, RECONNECT, STOP, Recovery
 from .rings import Wanted
+from .shared_memory import SharedMemory
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,15 +36,16 @@ if TYPE_CHECKING:
     from .codec import Message
     from .endpoint import Endpoint
     from .memory import GuestRam
-    from .opening import Agreed, Kind
+    from .notices import Handler
+    from .opening import Kind
 
     Result = TypeVar("Result")
 
 LONG_LIFE = 2.0  # seconds
-STRANDED = (
-    ", but requests were completed out of order and the lost backend tracked none: repeating any could "
-    "do harm, so the device waits until the guest resets it"
+UNORDERED = (
+    "requests were completed out of order and the lost backend tracked none: repeating any could do harm"
 )
+UNMAPPED = "the guest had memory of the lost backend's before it"
 
 
 class Frontend:
@@ -81,7 +83,6 @@ class Frontend:
         self.name = name or f"{kind.name} at {self._endpoint.name}"
         self.device_id = kind.device_id
         self.queue_sizes = tuple(queue_sizes)
-        self.shared_memory: tuple[tuple[int, int], ...] = ()
         self.on_config_change: Callable[[], None] = _nothing
         self.on_config_refused: Callable[[], None] = _nothing
         self.on_lost: Callable[[str], None] = _nothing
@@ -94,7 +95,8 @@ class Frontend:
         self._on_loss = on_loss
         self._retired: Link | None = None
         self._candidate: Link | None = None
-        self._closed = self._given_up = self._worked = self._stranded = False
+        self._closed = self._given_up = self._worked = False
+        self._stranded = ""
         self._changed_at, self._outage = monotonic(), 0.0
         self._config_changed = False
         self._wanted: Wanted | None = None
@@ -104,7 +106,11 @@ class Frontend:
         self._memory = MemoryTable(ram)
         self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)
         self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline)
+        self._handlers: dict[str, Handler] = {"CONFIG_CHANGE_MSG": self._note_config_change}
         agreed = self._open(self._link)
+        self.shared_memory = agreed.shared_memory
+        self.mappings = SharedMemory(self.name, agreed.shared_memory, self._memory_broke)
+        self._handlers.update(self.mappings.handlers)
         self.features, self._config, self.config_size = agreed.features, agreed.config, agreed.config.size
 
     # -- opening -----------------------------------------------------------------------
@@ -123,7 +129,7 @@ class Frontend:
             raise
 
     def _negotiate(self, link: Link) -> Agreed:
-        return self._opening.open(link, {"CONFIG_CHANGE_MSG": self._note_config_change})
+        return self._opening.open(link, self._handlers)
 
     # -- start and stop ----------------------------------------------------------------
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
@@ -142,13 +148,14 @@ class Frontend:
         """Stop the rings.  The backend touches guest memory no more, or it is lost."""
         with self._lock:
             self._wanted = None
-            self._stranded = False
+            self._stranded = ""
             try:
                 self._on_link(self._stop)
             except ProtocolError as error:
                 log.debug(f"{self.name}: reset: {error}")
             self._inflight.drop()
             self._config.written.clear()
+            self.mappings.clear()  # the backend may have mapped until it stopped
 
     def set_call(self, index: int, fd: int | None) -> None:
         """Send the interrupts of a running queue elsewhere.  Raises ProtocolError, as `activate` does."""
@@ -235,6 +242,12 @@ class Frontend:
             link.drop_notices(self._loop)
         self._tell_config_change()
 
+    def _memory_broke(self) -> None:
+        """On a virtual CPU's thread: what the backend has mapped is of no use."""
+        link = self._link
+        if link is not None:
+            link.shutdown("what it mapped into shared memory has no memory; was a file cut short?")
+
     def _tell_config_change(self) -> None:
         if self._config_changed:
             self._config_changed = False
@@ -285,6 +298,7 @@ class Frontend:
         link.unwatch(self._loop)
         link.close()
         self._lost += self._endpoint.explain()
+        self.mappings.lose()
         if self._on_loss == STOP:
             raise BackendLost(f"{self.name}: the backend is lost: {self._lost} (--on-backend-loss stop)")
         if self._on_loss == RECONNECT and not self._endpoint.final:
@@ -320,17 +334,25 @@ class Frontend:
     def _resume(self, link: Link, agreed: Agreed) -> None:
         """Go on where the lost backend stopped, with what the driver wants by now."""
         wanted = self._wanted
-        self._opening.check(agreed, self._config, wanted.features if wanted is not None else 0)
-        if wanted is not None and not (
-            self._inflight.held or all_in_order(self._memory, wanted.features, wanted.queues)
-        ):
-            self._wanted, self._stranded = None, True
+        before = Agreed(wanted.features if wanted is not None else 0, self._config, self.shared_memory)
+        self._opening.check(agreed, before)
+        self._stranded = self._why_stranded(wanted) if wanted is not None else ""
+        if self._stranded:
+            self._wanted = None
         elif wanted is not None:
             bases = [used_index(self._memory, queue) for queue in wanted.queues]
             self._run(link, wanted, bases)
             rings.wake(wanted.queues)
         self._config_changed = agreed.config.succeed(link.client, self._config)
         self.features, self._config = agreed.features, agreed.config
+
+    def _why_stranded(self, wanted: Wanted) -> str:
+        """Why the new backend cannot go on with what the driver has, or nothing."""
+        if self.mappings.torn:
+            return UNMAPPED
+        if self._inflight.held or all_in_order(self._memory, wanted.features, wanted.queues):
+            return ""
+        return UNORDERED
 
     def _recovered(self, failure: str) -> None:
         if failure:
@@ -341,7 +363,8 @@ class Frontend:
         if self._link is None:
             return  # lost again; that is announced next
         self.start_watching()
-        log.warn(f"{self.name}: reconnected after {self._outage:.2f} s{STRANDED if self._stranded else ''}")
+        but = f", but {self._stranded}; the device waits until the guest resets it"
+        log.warn(f"{self.name}: reconnected after {self._outage:.2f} s{but if self._stranded else ''}")
         if not self._stranded:
             self.on_back()
         self._tell_config_change()

@@ -50,6 +50,8 @@ VERSION_1 = 1 << 32
 
 BASIC = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD
 WITH_CONFIG = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
+# SHMEM is bit 22.  Drafts had it at 20, and vhost 0.16.0 at 21: those bits mean other things by now.
+WITH_MEMORY = ProtocolFeature.SHMEM | ProtocolFeature.BACKEND_REQ
 
 MAX_QUEUES = 256  # the index of SET_VRING_KICK has 8 bits
 MAX_QUEUE_SIZE = 32768
@@ -60,10 +62,11 @@ class Unfit(ConfigError):
 
 
 class Agreed(Record):
-    """What came out: feature bits for the guest, and the configuration space."""
+    """What came out: feature bits for the guest, configuration space, shared memory as (shmid, size)."""
 
     features: int
     config: LocalConfig
+    shared_memory: tuple[tuple[int, int], ...] = ()
 
 
 class Opening:
@@ -103,7 +106,7 @@ class Opening:
         link.open(self._choose, handlers)
         offered = link.client.negotiation.virtio_offered or 0
         self._check_limit(link.client.queue_limit())
-        agreed = Agreed(offered & GUEST_FEATURES, self._find_config(link))
+        agreed = Agreed(offered & GUEST_FEATURES, self._find_config(link), self._find_memory(link))
         if not self._warned:
             self._warned = True
             self._warn(offered, agreed.config)
@@ -127,29 +130,38 @@ class Opening:
         if isinstance(config, BackendConfig) and not config.size:
             log.warn(f"{self.name}: the backend refuses to read its configuration space; see config=")
 
-    def check(self, agreed: Agreed, before: LocalConfig, features: int) -> None:
+    def check(self, agreed: Agreed, before: Agreed) -> None:
         """Raise Unfit for a backend that cannot go on where the one before stopped.
 
-        `before` is the configuration space that the driver knows, `features` are those it accepted.
+        `before` is what the driver knows: the features it accepted, configuration space, shared memory.
         """
-        lacking = features & ~agreed.features
+        lacking = before.features & ~agreed.features
         if lacking:
             raise Unfit(f"it does not offer the feature bits {lacking:#x}, which the driver uses")
         size, kind = agreed.config.size, type(agreed.config)
-        if size != before.size or kind is not type(before):
+        if size != before.config.size or kind is not type(before.config):
             raise Unfit(
                 f"its configuration space has {size if kind is BackendConfig else 'no'} bytes, "
-                f"that of the one before {before.size}"
+                f"that of the one before {before.config.size}"
             )
+        if agreed.shared_memory != before.shared_memory:
+            raise Unfit("its shared memory regions are not those of the one before")
 
     def _choose(self, offered: int) -> int:
         """Ack what will be used, no more: a backend may rely on what is acked."""
         wanted = BASIC
-        if self._override is None and self._kind.config_size:
+        if self._override is None and self._kind.config_size and offered & ProtocolFeature.CONFIG:
             wanted |= WITH_CONFIG
-        if not offered & wanted & ProtocolFeature.CONFIG:
-            wanted &= ~ProtocolFeature.BACKEND_REQ  # all it could say is that CONFIG changed
+        if offered & WITH_MEMORY == WITH_MEMORY:
+            wanted |= WITH_MEMORY | ProtocolFeature.BACKEND_SEND_FD
         return offered & wanted
+
+    def _find_memory(self, link: Link) -> tuple[tuple[int, int], ...]:
+        if not link.client.negotiation.has(ProtocolFeature.SHMEM):
+            return ()
+        from .shared_memory import ask  # few devices have any
+
+        return ask(link.client, self.name)
 
     def _find_config(self, link: Link) -> LocalConfig:
         size = self._kind.config_size

@@ -26,6 +26,7 @@ from . import kinds, spec
 from .common import SIZE as COMMON_SIZE
 from .common import CommonConfig
 from .device import VirtioDevice
+from .shared_memory import SharedMemoryBar
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ..irq import InterruptRouter
     from ..layout import RamRange
     from .device import Backend
+    from .shared_memory import Slots, Space
 
     class Readers(Protocol):
         """What is used of the event loop."""
@@ -86,15 +88,14 @@ class VirtioPciFunction(PciFunction):
         self.device = VirtioDevice(backend, ram, self.interrupts)
         self.common = CommonConfig(self.device, len(self.msix))
         self.interrupts.common = self.common
-        self.shared_memory_moved: Callable[[int | None], None] = lambda _: None
-        self.shared_memory = _place(backend.shared_memory)
+        self.memory = SharedMemoryBar(self.name, backend.shared_memory)
         self._add_registers()
         self._add_capabilities()
 
     def bar_mapped(self, index: int, address: int | None) -> None:
         """The doorbells, or the shared memory, are somewhere else now."""
         if index == MEMORY_BAR:
-            self.shared_memory_moved(address)
+            self.memory.moved(address)
             return
         if self._doorbell_base is not None:
             self._bind_doorbells(self._doorbell_base, assign=False)
@@ -114,8 +115,16 @@ class VirtioPciFunction(PciFunction):
         if self._doorbell_base is not None:
             self._bind_doorbells(self._doorbell_base, assign=False)
             self._doorbell_base = None
+        if self.memory.is_open:
+            self.backend.mappings.attach(None)
+            self.memory.close()
         self.device.close()
         self.interrupts.close()
+
+    def open_memory(self, reserve: Callable[[int], Space], slots: Slots) -> None:
+        """Let the backend show memory to the guest, at host addresses from `reserve`, in `slots`."""
+        self.memory.open(reserve, slots)
+        self.backend.mappings.attach(self.memory)
 
     # -- construction ----------------------------------------------------------------------
     def _add_registers(self) -> None:
@@ -127,10 +136,8 @@ class VirtioPciFunction(PciFunction):
         registers.insert(TABLE, 2 * PAGE, self.msix, "MSI-X table")
         registers.insert(PENDING, PAGE, self.msix.pending, "MSI-X pending bits")
         self.add_bar(Bar(REGISTERS_BAR, BAR_SIZE, registers))
-        if self.shared_memory:
-            total = max(offset + size for offset, size in self.shared_memory.values())
-            size = 1 << (total - 1).bit_length()
-            self.add_bar(Bar(MEMORY_BAR, size, Bus(self.name), prefetchable=True))
+        if self.memory.size:
+            self.add_bar(Bar(MEMORY_BAR, self.memory.size, self.memory, prefetchable=True))
 
     def _add_capabilities(self) -> None:
         self._add_capability(spec.CAP_COMMON, COMMON, COMMON_SIZE)
@@ -148,7 +155,7 @@ class VirtioPciFunction(PciFunction):
         self._msix_offset = self.config.add_capability(MSIX_CAPABILITY, body)
         self.config.allow(self._msix_offset + 2, 2, 0xC000)
         self.config.after_write(self._msix_offset, self._msix_written)
-        for shmid, (offset, size) in self.shared_memory.items():
+        for shmid, (offset, size) in self.memory.regions.items():
             high = struct.pack("<II", offset >> 32, size >> 32)
             low, length = offset & 0xFFFF_FFFF, size & 0xFFFF_FFFF
             self._add_capability(spec.CAP_SHARED_MEMORY, low, length, high, bar=MEMORY_BAR, number=shmid)
@@ -343,15 +350,3 @@ def _check(backend: Backend) -> None:
         raise ConfigError(
             f"{backend.name}: {backend.config_size} bytes of configuration; at most {kinds.CONFIG_MAX}"
         )
-
-
-def _place(regions: Sequence[tuple[int, int]]) -> dict[int, tuple[int, int]]:
-    """Offset and size of each shared memory region in its BAR, by id; each naturally aligned."""
-    placed = {}
-    end = 0
-    for shmid, size in sorted(regions, key=lambda region: -region[1]):
-        align = 1 << max(size - 1, PAGE - 1).bit_length()
-        start = -(-end // align) * align
-        placed[shmid] = (start, size)
-        end = start + size
-    return placed

@@ -22,11 +22,20 @@ from pyvmm.layout import RamRange
 from pyvmm.loop import EventLoop
 from pyvmm.record import Record
 from pyvmm.vhost_user.channel import Channel
-from pyvmm.vhost_user.codec import Message, encode_request
+from pyvmm.vhost_user.codec import Decoder, Message, encode_request
 from pyvmm.vhost_user.memory import GuestRam
 from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, FRONTEND_REQUESTS, HEADER
 from pyvmm.vhost_user.messages import ProtocolFeature as P
-from pyvmm.vhost_user.payloads import U64, Config, Empty, Inflight, Payload, VringState
+from pyvmm.vhost_user.payloads import (
+    SHMEM_REGIONS,
+    U64,
+    Config,
+    Empty,
+    Inflight,
+    Payload,
+    ShmemConfig,
+    VringState,
+)
 from pyvmm.vhost_user.session import Negotiation, Responder
 
 Action = Callable[["FakeBackend", Message], "bytes | None"]
@@ -63,12 +72,15 @@ class FakeBackend:
         queues: int = 4,
         script: Script | None = None,
         sock: socket.socket | None = None,
+        shared_memory: dict[int, int] | None = None,
+        slots: int = 8,
     ) -> None:
         ours, self.frontend_end = (sock, socket.socket()) if sock else socket.socketpair()
         self.channel = Channel(ours)
         self.responder = Responder(FRONTEND_REQUESTS, Negotiation(virtio, protocol), os.close)
         self.virtio, self.protocol, self.queues = virtio, protocol, queues
         self.config = bytearray(config)
+        self.shared_memory, self.slots, self.status = shared_memory or {}, slots, 0
         self.script = script or {}
         self.seen: list[tuple[str, Payload, int]] = []
         self.counts: Counter[str] = Counter()
@@ -106,6 +118,16 @@ class FakeBackend:
         row = BACKEND_REQUESTS.by_name[name]
         data = encode_request(row, payload or Empty(), len(fds or []), True)
         self.requests.send(data, fds or [], monotonic() + 5)
+
+    def status_of(self, name: str, payload: Payload | None = None, fds: list[int] | None = None) -> int:
+        """Send a request of the backend's own; the status that it is acked with."""
+        self.ask(name, payload, fds)
+        assert self.requests is not None
+        reply = self.requests.receive(
+            Decoder(BACKEND_REQUESTS, os.close, replies=True), monotonic() + 30
+        ).payload
+        assert isinstance(reply, U64)
+        return reply.value
 
     def _serve(self) -> None:
         try:
@@ -163,9 +185,16 @@ class FakeBackend:
             "GET_FEATURES": self.virtio,
             "GET_PROTOCOL_FEATURES": self.protocol,
             "GET_QUEUE_NUM": self.queues,
+            "GET_MAX_MEM_SLOTS": self.slots,
+            "GET_STATUS": self.status,
         }
         if name in numbers:
             return U64(numbers[name])
+        if name == "SET_STATUS" and isinstance(payload, U64):
+            self.status = payload.value
+        if name == "GET_SHMEM_CONFIG":
+            sizes = [self.shared_memory.get(shmid, 0) for shmid in range(SHMEM_REGIONS)]
+            return ShmemConfig(len(self.shared_memory), tuple(sizes))
         if name == "GET_VRING_BASE" and isinstance(payload, VringState):
             return VringState(payload.index, 7)
         if name == "GET_CONFIG" and isinstance(payload, Config):

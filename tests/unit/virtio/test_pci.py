@@ -241,7 +241,7 @@ def test_shared_memory_capabilities(machine):
     regions = ((0, 0x1000), (3, 1 << 32), (7, 0x3000))
     function = machine.add(FakeBackend(shared_memory=regions))
     moved = []
-    function.shared_memory_moved = moved.append
+    function.memory.moved = moved.append
     driver = machine.driver()
     driver.probe()
     sizes = {shmid: size for shmid, (_, size) in driver.shared_memory.items()}
