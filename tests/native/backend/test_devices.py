@@ -283,3 +283,20 @@ def test_numbers_of_queues(plug):
     frontend, *_ = plug(make_echo(queues=5), 1)
     assert frontend.ask("GET_QUEUE_NUM") == U64(5)
     assert frontend.ask("GET_VRING_BASE", VringState(4, 0)) == VringState(4, 0)
+
+
+def test_descriptions_are_found_and_their_programs_run(tmp_path, monkeypatch):
+    from pyvmm.backend import describe
+    from pyvmm.host import backends
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "da ta"))
+    describe.main([])
+    ours = [entry for entry in backends.descriptions() if "pyvmm" in entry.path.rsplit("/", 1)[1]]
+    assert [entry.type for entry in ours] == ["block", "console", "rng"]
+    for entry in ours:
+        done = subprocess.run(
+            [entry.binary, "--print-capabilities"], check=True, capture_output=True, timeout=20
+        )
+        assert json.loads(done.stdout)["type"] == entry.type
+        assert done.stderr == b""
