@@ -1,0 +1,187 @@
+"""The screen of a vhost-user GPU: the test is the backend at the other end of its socket."""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import pytest
+from fakes.backend import no_new_fds
+
+from pyvmm import log
+from pyvmm.loop import EventLoop
+from pyvmm.vhost_user import gpu
+from pyvmm.vhost_user.gpu import HEADER, REQUESTS, Screen
+
+IDS = {row.name: row.id for row in REQUESTS}
+
+
+class Client:
+    """What a frontend's client is to a screen; keeps the backend's end."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def call(self, name: str, fds: tuple[int, ...]) -> None:
+        self.asked.append(name)
+        self.backend = socket(fileno=os.dup(fds[0]))
+        self.backend.settimeout(5)
+
+
+class Rig:
+    """A screen, its loop, and the backend's end of the connection."""
+
+    def __init__(self, path: str) -> None:
+        self.loop = EventLoop()
+        self.client = Client()
+        self.screen = Screen("gpu", path, self.loop)
+        self.attach()
+
+    def attach(self) -> None:
+        self.screen.attach(self.client)  # type: ignore[arg-type]
+        self.turn()
+
+    def turn(self, seconds: float = 0.0) -> None:
+        """Let the loop do what there is to do."""
+        self.loop.call_later(seconds, self.loop.stop)
+        self.loop.run()
+        self.loop._stopped = False
+
+    def send(self, name: str, body: bytes = b"", flags: int = 0) -> None:
+        self.client.backend.sendall(HEADER.pack(IDS[name], flags, len(body)) + body)
+        self.turn()
+
+    def ask(self, name: str, body: bytes = b"") -> bytes:
+        self.send(name, body)
+        number, flags, size = HEADER.unpack(self.client.backend.recv(HEADER.size))
+        assert (number, flags) == (IDS[name], 4)
+        return self.client.backend.recv(size) if size else b""
+
+    def hung_up(self) -> bool:
+        self.turn()
+        return self.client.backend.recv(1) == b""
+
+    def close(self) -> None:
+        self.screen.close()
+        self.client.backend.close()
+        self.loop.close()
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    with no_new_fds():
+        made = Rig(str(tmp_path / "screen.png"))
+        yield made
+        made.close()
+
+
+def decoded(path: Path) -> tuple[int, int, list[bytes]]:
+    """Width, height and rows of RGB of a PNG without filters."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks: dict[bytes, bytes] = {}
+    at = 8
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        assert struct.unpack_from(">I", data, at + 8 + length)[0] == zlib.crc32(kind + body)
+        chunks[kind] = body
+        at += 12 + length
+    width, height, *rest = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert rest == [8, 2, 0, 0, 0] and list(chunks)[-1] == b"IEND"
+    raw = zlib.decompress(chunks[b"IDAT"])
+    rows = [raw[i : i + 1 + 3 * width] for i in range(0, len(raw), 1 + 3 * width)]
+    assert all(row[0] == 0 for row in rows)
+    return width, height, [row[1:] for row in rows]
+
+
+def test_the_socket_is_handed_over(rig: Rig) -> None:
+    assert rig.client.asked == ["GPU_SET_SOCKET"]
+
+
+def test_what_a_backend_asks_is_answered(rig: Rig) -> None:
+    assert rig.ask("GET_PROTOCOL_FEATURES") == bytes(8)
+    rig.send("SET_PROTOCOL_FEATURES", bytes(8))
+    displays = rig.ask("GET_DISPLAY_INFO")
+    assert len(displays) == 24 + 16 * 24
+    assert struct.unpack_from("<I", displays)[0] == 0x1101
+    assert struct.unpack_from("<6I", displays, 24) == (0, 0, 1024, 768, 1, 0)
+    assert not any(displays[48:])
+    assert len(rig.ask("GET_EDID", bytes(4))) == 24 + 8 + 1024
+    assert rig.ask("DMABUF_UPDATE", bytes(20)) == b""
+
+
+def test_the_picture_is_what_was_drawn(rig: Rig, tmp_path: Path) -> None:
+    """A screen of 3 x 2, then a rectangle of 2 x 1 in its lower right corner."""
+    rig.send("SCANOUT", struct.pack("<3I", 0, 3, 2))
+    first = bytes(range(24))
+    rig.send("UPDATE", struct.pack("<5I", 0, 0, 0, 3, 2) + first)
+    rig.send("UPDATE", struct.pack("<5I", 0, 1, 1, 2, 1) + bytes(range(100, 108)))
+    rig.turn(3 * gpu.SAVE_SECONDS)
+    width, height, rows = decoded(tmp_path / "screen.png")
+    assert (width, height) == (3, 2)
+    assert rows == [bytes((2, 1, 0, 6, 5, 4, 10, 9, 8)), bytes((14, 13, 12, 102, 101, 100, 106, 105, 104))]
+
+
+def test_what_is_not_saved_yet_is_saved_at_the_end(rig: Rig, tmp_path: Path) -> None:
+    rig.send("SCANOUT", struct.pack("<3I", 0, 1, 1))
+    rig.send("UPDATE", struct.pack("<5I", 0, 0, 0, 1, 1) + b"\1\2\3\0")
+    rig.screen.close()
+    assert decoded(tmp_path / "screen.png") == (1, 1, [b"\3\2\1"])
+
+
+def test_messages_in_pieces_are_whole_messages(rig: Rig) -> None:
+    data = HEADER.pack(IDS["SCANOUT"], 0, 12) + struct.pack("<3I", 0, 5, 4)
+    for byte in data:
+        rig.client.backend.sendall(bytes((byte,)))
+        rig.turn()
+    assert rig.screen.size == (5, 4)
+
+
+def test_other_screens_and_cursors_change_nothing(rig: Rig) -> None:
+    rig.send("SCANOUT", struct.pack("<3I", 1, 5, 4))
+    rig.send("UPDATE", struct.pack("<5I", 1, 0, 0, 1, 1) + bytes(4))
+    rig.send("CURSOR_POS", bytes(12))
+    rig.send("CURSOR_UPDATE", bytes(20 + gpu.CURSOR_BYTES))
+    assert rig.screen.size == (0, 0)
+    assert rig.ask("GET_PROTOCOL_FEATURES") == bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "flags"),
+    [
+        ("GET_PROTOCOL_FEATURES", b"more", 0),
+        ("GET_PROTOCOL_FEATURES", b"", 4),
+        ("SCANOUT", bytes(11), 0),
+        ("SCANOUT", struct.pack("<3I", 0, 8193, 1), 0),
+        ("UPDATE", struct.pack("<5I", 0, 0, 0, 1, 1) + bytes(4), 0),
+        ("CURSOR_UPDATE", bytes(21 + gpu.CURSOR_BYTES), 0),
+    ],
+)
+def test_nonsense_costs_the_connection(
+    rig: Rig, name: str, body: bytes, flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(log, "warn", said.append)
+    rig.send(name, body, flags)
+    assert rig.hung_up() and len(said) == 1
+
+
+def test_a_new_backend_gets_a_new_socket(rig: Rig) -> None:
+    old = rig.client.backend
+    rig.attach()
+    assert old.recv(1) == b""
+    old.close()
+    assert rig.ask("GET_PROTOCOL_FEATURES") == bytes(8)
+
+
+def test_a_backend_that_ends_is_no_fault(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "warn", pytest.fail)
+    rig.client.backend.shutdown(2)
+    rig.turn()
+    rig.turn()
