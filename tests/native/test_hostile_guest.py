@@ -402,12 +402,20 @@ class Stage:
         self.loop.call_soon_threadsafe(answered.set)
         assert answered.wait(LIMIT), "the event loop is stuck"
         assert self.built.board.pci.describe()
+        self.check_bars()
         for device, address in ((self.victim, BAR), (self.other, OTHER_BAR)):
             self.place(device, address)
             device.driver.probe()
         assert self.other.ask() and not self.other.driver.status & spec.NEEDS_RESET
         self.start_again()
         assert self.victim.ask() and self.victim.driver.status == RUNNING
+
+    def check_bars(self) -> None:
+        """Nothing but configuration space is decoded outside the two windows."""
+        host = self.built.board.pci
+        for base, size, name in self.built.board.mmio.ranges():
+            inside = any(window.holds(base, size) for window in (host.window32, host.window64))
+            assert inside or base == layout.ECAM_BASE, f"{name} at {base:#x}"
 
     def start_again(self) -> None:
         """The driver empties its rings and takes the victim into service."""
