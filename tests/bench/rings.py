@@ -59,29 +59,31 @@ def compiled(source: Path, *options: str) -> str:
 
 
 class Driven:
-    """One queue of a backend behind `sock`, with room for `depth` chains in flight."""
+    """One queue, of a backend behind `sock` if there is one, with room for `depth` chains in flight."""
 
-    def __init__(self, sock: socket.socket, size: int = 256, depth: int = 32) -> None:
+    def __init__(self, sock: socket.socket | None, size: int = 256, depth: int = 32) -> None:
         self.ram = Ram(8 << 20)
         self.size, self.depth = size, depth
         self.queue = DriverQueue(self.ram, size)
-        self.frontend = RawFrontend(sock, 60.0)
+        self.frontend = RawFrontend(sock, 60.0) if sock is not None else None
         self.job = Job(size=size, depth=depth, timeout_ms=60_000)
         self._library = ctypes.CDLL(compiled(SOURCE, "-shared", "-fPIC"))
         self._anchor = ctypes.c_char.from_buffer(self.ram.data)
 
     def open(self, features: int = 0) -> None:
         """Negotiate `features` beside VERSION_1, and start the queue."""
+        assert self.frontend is not None
         self.frontend.negotiate(features | VERSION_1 | PROTOCOL)
         assert self.frontend.share(self.ram) == 0
         assert self.frontend.start(0, self.queue) == 0
 
     def echo_chains(self, length: int) -> None:
-        """Each chain: `length` bytes to read, as many to write."""
+        """Each chain: `length` bytes to read, as many to write, in the order of their slots."""
         self.job.step = 2
+        self.source, self.target = (self.ram.alloc(length * self.depth, 4096) for _ in range(2))
         for slot in range(self.depth):
-            source = self.ram.put(os.urandom(length))
-            self._chain(2 * slot, [(source, length, 0), (self.ram.alloc(length), length, WRITE)])
+            at = length * slot
+            self._chain(2 * slot, [(self.source + at, length, 0), (self.target + at, length, WRITE)])
 
     def blk_chains(self, length: int, sectors: int) -> None:
         """Each chain: a read of `length` bytes at a random place below `sectors`."""
@@ -112,8 +114,9 @@ class Driven:
 
     def close(self) -> None:
         """Stop the queue and hang up."""
-        self.frontend.stop(0)
-        self.frontend.close()
+        if self.frontend is not None:
+            self.frontend.stop(0)
+            self.frontend.close()
         self.queue.close()
         del self._anchor
         self.ram.close()

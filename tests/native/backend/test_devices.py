@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import signal
 import socket
@@ -148,6 +149,35 @@ def test_echo_keeps_order_and_content_over_many_buffers(plug, native):
             slots.append(where.pop(head))
             back = zlib.crc32(data, back)
             got += 1
+    assert left == back
+
+
+def test_echo_keeps_every_byte_across_reconnects(tmp_path):
+    """`scripts/bench echo` does this with a thousand connections and ten million buffers."""
+    path, rng = str(tmp_path / "echo.sock"), random.Random(4)
+    left = back = 0
+    with program("echo", "--socket-path", path) as process:
+        for _ in range(40):
+            ram, frontend = Ram(), RawFrontend(connect(path, process))
+            frontend.negotiate()
+            frontend.share(ram)
+            queue = DriverQueue(ram, 64, event_idx=True)
+            assert frontend.start(0, queue) == 0
+            for _ in range(10):
+                batch = [rng.randbytes(rng.randrange(1, 200)) for _ in range(32)]
+                for data in batch:
+                    queue.add([data], [len(data)])
+                    left = zlib.crc32(data, left)
+                queue.kick()
+                got = []
+                while len(got) < len(batch):
+                    got += [data for _, data in queue.wait(20)]
+                for data in got:
+                    back = zlib.crc32(data, back)
+            for thing in (frontend, queue, ram):
+                thing.close()
+        process.terminate()
+        assert process.wait(10) == 0
     assert left == back
 
 
