@@ -1,0 +1,117 @@
+"""The table of devices that are proven against real backends: one row each.
+
+Three programs read it: the tests, the host's side (next to the KVM that runs guests) and the
+guest's side.  It holds facts only and imports nothing that is slow to load in a guest.
+
+`{sock}` is the row's socket, `{dir}` its directory on the host, `{image}` its disk image,
+`{python}` the interpreter.  Rows with the same `boot` share a guest.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+MIB = 1 << 20
+
+
+class Row(NamedTuple):
+    """One device: how it comes to be, and which proof is run with it.
+
+    `proof` names a function in `guest_side` and one or more in `host_side`.  What both ends
+    report under the same key must be equal, and `expect` is what the guest must report.
+    """
+
+    name: str
+    kind: str
+    boot: str
+    proof: str
+    backend: tuple[str, ...] = ()  # program and arguments; empty: pyvmm starts its own
+    option: str = ""  # keys of --generic-vhost-user besides socket=
+    words: tuple[str, ...] = ()  # or whole options of pyvmm's
+    args: dict[str, Any] = {}  # noqa: RUF012 (a row is never changed)
+    expect: dict[str, Any] = {}  # noqa: RUF012
+    suffix: str = ""  # what the backend appends to the socket's path
+    modules: tuple[str, ...] = ()  # of the host's kernel
+    guest_needs: str = ""  # a path in the guest's sysfs that its driver makes
+    env: tuple[tuple[str, str], ...] = ()
+
+
+FS_TAG = "device_type=fs,queue_sizes=[512,512],config=[tag={name},num_request_queues=1]"
+FS_ARGS = {"megabytes": 64, "files": 200}
+FIO_OK = {"fio": 0}
+
+ROWS = (
+    Row(
+        "fs-c", "fs", "files", "fs",
+        ("/usr/lib/qemu/virtiofsd", "--socket-path={sock}", "-o", "source={dir}/fs", "-o", "sandbox=chroot",
+         "-o", "xattr"),
+        FS_TAG, args=FS_ARGS, expect=FIO_OK, modules=("loop",),
+    ),
+    Row(
+        "fs-rust", "fs", "files", "fs",
+        ("rust-virtiofsd", "--socket-path={sock}", "--shared-dir={dir}/fs", "--sandbox=chroot", "--xattr",
+         "--tag=fs-rust"),
+        "device_type=fs,queue_sizes=[512,512]", args=FS_ARGS, expect=FIO_OK, modules=("loop",),
+    ),
+    Row(
+        "blk-raw", "block", "files", "disk",
+        words=("--disk", "path={image},image_type=raw"),
+        args={"size": 33 * MIB, "queues": 1}, expect=FIO_OK,
+    ),
+    Row(
+        "blk-qcow2", "block", "files", "disk",
+        words=("--disk", "path={image},image_type=qcow2,num_queues=4"),
+        args={"size": 34 * MIB, "format": "qcow2", "queues": 4}, expect=FIO_OK,
+    ),
+    Row(
+        "blk-readonly", "block", "files", "readonly_disk",
+        words=("--disk", "path={image},readonly=on"),
+        args={"size": 35 * MIB}, expect={"read_only": 1, "open": "EROFS"},
+    ),
+    Row(
+        "scsi", "scsi", "files", "disk",
+        ("vhost-device-scsi", "--socket-path={sock}", "{image}"),
+        "device_type=scsi,queue_sizes=[128,128,128]",
+        args={"size": 36 * MIB}, expect=FIO_OK,
+    ),
+    Row(
+        "rng", "rng", "talk", "rng",
+        ("vhost-device-rng", "--socket-path={sock}", "--rng-source={dir}/source"),
+        "device_type=rng,queue_sizes=[1024]", suffix="0",
+    ),
+    Row(
+        "console", "console", "talk", "console",
+        ("vhost-device-console", "--socket-path={sock}", "--backend=network", "--tcp-port=12345"),
+        "device_type=console,queue_sizes=[128,128,128,128]", suffix="0", args={"bytes": 20_000},
+    ),
+    Row(
+        "ports", "console", "talk", "ports",
+        ("{python}", "-P", "-m", "pyvmm.backend.console", "--socket-path={sock}",
+         "--port", "name=first,to=socket={dir}/first", "--port", "name=second,to=socket={dir}/second"),
+        "device_type=console,queue_sizes=[128,128,128,128,128,128]", args={"bytes": MIB},
+    ),
+    Row(
+        "vsock", "vsock", "talk", "vsock",
+        ("vhost-device-vsock", "--vm", "guest-cid=4,uds-path={dir}/host,socket={sock}"),
+        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 100},
+    ),
+    Row(
+        "sound", "sound", "talk", "sound",
+        ("vhost-device-sound", "--socket", "{sock}", "--backend=null"),
+        "device_type=sound,queue_sizes=[64,64,64,64]", expect={"aplay": 0},
+    ),
+    Row(
+        "echo", "63", "talk", "echo",
+        ("{python}", "-P", "-m", "pyvmm.backend.echo", "--socket-path={sock}"),
+        "device_type=63,queue_sizes=[256]", args={"rounds": 200}, expect={"echoed": 200},
+    ),
+    Row(
+        "blk-flush", "block", "talk", "flush",
+        words=("--disk", "path={image},image_type=raw"), args={"size": 37 * MIB, "queues": 1},
+    ),
+)  # fmt: skip
+
+
+def by_name(name: str) -> Row:
+    """The row of a name."""
+    return next(row for row in ROWS if row.name == name)
