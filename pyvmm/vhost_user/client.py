@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from .codec import Message
-    from .payloads import Payload
+    from .payloads import MemRegion, Payload
 
     Kind = TypeVar("Kind", bound=Payload)
 
@@ -39,6 +39,8 @@ class Client:
         self.deadline = deadline
         self.limit = inf  # when the whole of something must be done, monotonic
         self.negotiation = Negotiation()
+        self.started = False  # the device runs, or may do so
+        self.regions: tuple[MemRegion, ...] = ()  # what the backend has in its memory slots
         self._requester = Requester(FRONTEND_REQUESTS, self.negotiation, _close_fd)
 
     def call(self, name: str, payload: Payload = NOTHING, fds: Sequence[int] = ()) -> Payload:
@@ -101,6 +103,12 @@ class Client:
         if not self.negotiation.has(ProtocolFeature.MQ):
             return None
         return self.ask("GET_QUEUE_NUM", NOTHING, U64).value
+
+    def slot_limit(self) -> int | None:
+        """How many pieces of memory the backend takes; None when it does not say."""
+        if not self.negotiation.has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
+            return None
+        return self.ask("GET_MAX_MEM_SLOTS", NOTHING, U64).value
 
     def barrier(self) -> None:
         """Return once the backend has carried out everything sent before.

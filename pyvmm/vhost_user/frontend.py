@@ -101,7 +101,7 @@ class Frontend:
         self._config_changed = False
         self._wanted: Wanted | None = None
         self._running: tuple[tuple[QueueSetup, int], ...] = ()  # and where each ring began
-        self._opening = Opening(self.name, kind, queue_sizes, config, force)
+        self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges))
         self._inflight = InflightBuffer(len(self.queue_sizes), max(self.queue_sizes))
         self._memory = MemoryTable(ram)
         self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)

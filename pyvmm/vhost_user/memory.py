@@ -9,9 +9,8 @@ address space is given away.
 
 from __future__ import annotations
 
-from ..errors import ConfigError, LocalProtocolError
+from ..errors import LocalProtocolError
 from ..record import Record
-from .messages import BASELINE_REGIONS
 from .payloads import MemRegion, MemTable
 
 TYPE_CHECKING = False
@@ -29,11 +28,9 @@ class GuestRam(Record):
 
 
 class MemoryTable:
-    """What SET_MEM_TABLE carries for one guest."""
+    """What SET_MEM_TABLE, or one ADD_MEM_REG after the other, carries for one guest."""
 
     def __init__(self, ram: GuestRam) -> None:
-        if len(ram.ranges) > BASELINE_REGIONS:
-            raise ConfigError(f"RAM has {len(ram.ranges)} pieces; backends accept {BASELINE_REGIONS}")
         self._ranges = ram.ranges
         self.payload = MemTable(
             tuple(MemRegion(r.address, r.size, USER_BASE + r.address, r.offset) for r in ram.ranges)

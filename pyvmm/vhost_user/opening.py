@@ -11,7 +11,7 @@ from .. import log
 from ..errors import ConfigError
 from ..record import Record
 from .config_space import BackendConfig, LocalConfig
-from .messages import ProtocolFeature
+from .messages import BASELINE_REGIONS, ProtocolFeature
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,7 +48,14 @@ def _bits(*numbers: int) -> int:
 GUEST_FEATURES = _bits(*range(24), 28, 29, 32, 35, 36, 38, *range(50, 64))
 VERSION_1 = 1 << 32
 
-BASIC = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.INFLIGHT_SHMFD
+BASIC = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.INFLIGHT_SHMFD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+)
 WITH_CONFIG = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
 # SHMEM is bit 22.  Drafts had it at 20, and vhost 0.16.0 at 21: those bits mean other things by now.
 WITH_MEMORY = ProtocolFeature.SHMEM | ProtocolFeature.BACKEND_REQ
@@ -72,17 +79,25 @@ class Agreed(Record):
 class Opening:
     """What one device needs; `open` asks a backend for it.
 
-    `config` is a configuration space to use instead of the backend's.  Raises ConfigError for queues
-    that no device of this kind can have; `force` allows fewer than its drivers can do with.
+    `config` is a configuration space to use instead of the backend's, `pieces` is how many guest RAM
+    has.  Raises ConfigError for queues that no device of this kind can have; `force` allows fewer
+    than its drivers can do with.
     """
 
     def __init__(
-        self, name: str, kind: Kind, queue_sizes: Sequence[int], config: bytes | None, force: bool
+        self,
+        name: str,
+        kind: Kind,
+        queue_sizes: Sequence[int],
+        config: bytes | None,
+        force: bool,
+        pieces: int,
     ) -> None:
         self.name = name
         self._kind = kind
         self._queues = len(queue_sizes)
         self._override = config
+        self._pieces = pieces
         self._warned = False
         self._check_queues(queue_sizes, force)
 
@@ -106,6 +121,7 @@ class Opening:
         link.open(self._choose, handlers)
         offered = link.client.negotiation.virtio_offered or 0
         self._check_limit(link.client.queue_limit())
+        self._check_slots(link.client.slot_limit())
         agreed = Agreed(offered & GUEST_FEATURES, self._find_config(link), self._find_memory(link))
         if not self._warned:
             self._warned = True
@@ -118,6 +134,14 @@ class Opening:
             raise Unfit(
                 f"{self.name}: {self._queues} queues, but the backend has {limit}; "
                 f"give at most {limit} queue sizes"
+            )
+
+    def _check_slots(self, reported: int | None) -> None:
+        limit = BASELINE_REGIONS if reported is None else reported
+        if self._pieces > limit:
+            raise Unfit(
+                f"{self.name}: guest RAM has {self._pieces} pieces, and the backend takes {limit} "
+                "(GET_MAX_MEM_SLOTS); up to 3G are one piece"
             )
 
     def _warn(self, offered: int, config: LocalConfig) -> None:

@@ -7,12 +7,12 @@ they must not know why it is started, nor what happens when a message fails.
 
 from __future__ import annotations
 
-import os
-
 from ..errors import RemoteProtocolError
+from ..eventfd import signal
 from ..record import Record
-from .messages import F_PROTOCOL_FEATURES
-from .payloads import U64, VringAddr, VringFile, VringState
+from ..virtio import spec
+from .messages import F_PROTOCOL_FEATURES, ProtocolFeature
+from .payloads import U64, Empty, SingleRegion, VringAddr, VringFile, VringState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from .client import Client
     from .inflight import InflightBuffer
     from .memory import MemoryTable
+
+
+# What QEMU tells backends of the driver's progress; a driver that is not there yet is not shown.
+AGREED = spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK
+RUNNING = AGREED | spec.DRIVER_OK
 
 
 class Wanted(Record):
@@ -45,8 +50,10 @@ def start(
     call = client.call
     protocol = (client.negotiation.virtio_offered or 0) & F_PROTOCOL_FEATURES
     # without bit 30 a backend enables all rings by itself and refuses SET_VRING_ENABLE
+    client.started = True
     call("SET_FEATURES", U64(wanted.features | protocol))
-    call("SET_MEM_TABLE", memory.payload, memory.fds)
+    _agree(client)
+    _share_memory(client, memory)
     for queue in wanted.queues:  # all sizes first: SPDK wants to know how many queues there are
         call("SET_VRING_NUM", VringState(queue.index, queue.size))
     inflight.share(client)
@@ -56,6 +63,35 @@ def start(
         for queue in wanted.queues:
             call("SET_VRING_ENABLE", VringState(queue.index, 1))
     client.barrier()
+    _set_status(client, RUNNING)
+
+
+def _agree(client: Client) -> None:
+    """Tell a backend that wants to know that the driver has chosen, and see whether that is all right."""
+    _set_status(client, AGREED)
+    if client.negotiation.has(ProtocolFeature.STATUS):
+        status = client.ask("GET_STATUS", Empty(), U64).value
+        if not status & spec.FEATURES_OK:
+            raise RemoteProtocolError(f"the backend refuses the driver's features (status {status:#x})")
+
+
+def _set_status(client: Client, status: int) -> None:
+    if client.negotiation.has(ProtocolFeature.STATUS):
+        client.call("SET_STATUS", U64(status))
+
+
+def _share_memory(client: Client, memory: MemoryTable) -> None:
+    """Give the backend guest RAM: with memory slots what has changed since it was told, else all of it."""
+    if not client.negotiation.has(ProtocolFeature.CONFIGURE_MEM_SLOTS):
+        client.call("SET_MEM_TABLE", memory.payload, memory.fds)
+        return
+    known, client.regions = client.regions, memory.payload.regions
+    for region in known:
+        if region not in client.regions:
+            client.call("REM_MEM_REG", SingleRegion(**region._asdict()))
+    for region, fd in zip(client.regions, memory.fds, strict=True):
+        if region not in known:
+            client.call("ADD_MEM_REG", SingleRegion(**region._asdict()), (fd,))
 
 
 def _start_ring(client: Client, memory: MemoryTable, queue: QueueSetup, base: int) -> None:
@@ -70,7 +106,10 @@ def _start_ring(client: Client, memory: MemoryTable, queue: QueueSetup, base: in
 
 
 def stop(client: Client, queues: Sequence[QueueSetup]) -> None:
-    """Stop these rings; the backend touches guest memory no more afterwards."""
+    """Stop these rings and reset the device; the backend touches guest memory no more afterwards."""
+    if not client.started:
+        return
+    client.started = False
     if client.negotiation.virtio_acked & F_PROTOCOL_FEATURES:
         for queue in queues:
             client.call("SET_VRING_ENABLE", VringState(queue.index, 0))
@@ -80,6 +119,9 @@ def stop(client: Client, queues: Sequence[QueueSetup]) -> None:
             raise RemoteProtocolError(
                 f"GET_VRING_BASE of ring {queue.index} was answered for ring {base.index}"
             )
+    if client.negotiation.has(ProtocolFeature.RESET_DEVICE):
+        client.call("RESET_DEVICE")  # rust-vmm forgets the features then: they are sent at each start
+    _set_status(client, 0)
 
 
 def wake(queues: Sequence[QueueSetup]) -> None:
@@ -88,10 +130,7 @@ def wake(queues: Sequence[QueueSetup]) -> None:
     Backend and driver look at their rings again, and find nothing there at worst.
     """
     for fd in (fd for queue in queues for fd in (queue.kick, queue.call) if fd is not None):
-        try:
-            os.eventfd_write(fd, 1)
-        except BlockingIOError:
-            continue  # the counter is full: whoever reads it has plenty to wake up for
+        signal(fd)
 
 
 def send_fd(client: Client, name: str, index: int, fd: int | None) -> None:

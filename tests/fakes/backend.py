@@ -43,7 +43,7 @@ Script = dict[str | tuple[str, int], Action]
 
 VERSION_1 = 1 << 32
 VIRTIO = VERSION_1 | F_PROTOCOL_FEATURES | 1 << 26 | 1 << 29 | 0b101
-PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ | P.INFLIGHT_SHMFD | P.STATUS
+PROTOCOL = P.MQ | P.REPLY_ACK | P.CONFIG | P.BACKEND_REQ | P.INFLIGHT_SHMFD | P.RARP
 
 
 class FakeKind(Record):

@@ -623,7 +623,7 @@ def test_answering_twice_is_noticed_at_the_next_request(bench: Bench) -> None:
 def test_protocol_features_that_do_not_exist_are_not_acked(bench: Bench) -> None:
     backend = bench.backend(protocol=(1 << 64) - 1)
     bench.frontend(backend)
-    acked = ACKED | P.SHMEM | P.BACKEND_SEND_FD
+    acked = ACKED | P.SHMEM | P.BACKEND_SEND_FD | P.RESET_DEVICE | P.CONFIGURE_MEM_SLOTS | P.STATUS
     assert ("SET_PROTOCOL_FEATURES", U64(acked), 0) in backend.seen
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.errors import ConfigError, LocalProtocolError
-from pyvmm.layout import GIB, HIGH_RAM, RamRange, ram_ranges
+from pyvmm.errors import LocalProtocolError
+from pyvmm.layout import GIB, HIGH_RAM, ram_ranges
 from pyvmm.vhost_user.memory import USER_BASE, GuestRam, MemoryTable
 
 
@@ -37,10 +37,3 @@ def test_user_addresses_exist_for_ram_only(address: int, known: bool) -> None:
     else:
         with pytest.raises(LocalProtocolError, match="is not in RAM"):
             table.user_address(address)
-
-
-def test_more_regions_than_backends_accept() -> None:
-    ranges = tuple(RamRange(i << 30, 1 << 20, i << 20) for i in range(9))
-    assert len(MemoryTable(GuestRam(5, ranges[:8])).payload.regions) == 8
-    with pytest.raises(ConfigError, match="9 pieces; backends accept 8"):
-        MemoryTable(GuestRam(5, ranges))
