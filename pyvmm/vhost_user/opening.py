@@ -15,9 +15,10 @@ from .messages import BASELINE_REGIONS, ProtocolFeature
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Protocol
 
+    from .client import Client
     from .link import Link
     from .notices import Handler
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
         @property
         def write_policy(self) -> str: ...
         def backend_limit(self, reported: int, /) -> int: ...
+        def impossible_features(self, count: int, /) -> int: ...
 
 
 def _bits(*numbers: int) -> int:
@@ -99,6 +101,7 @@ class Opening:
         self._override = config
         self._pieces = pieces
         self._warned = False
+        self.greet: Callable[[Client], object] = lambda _: None  # what else a new backend is told
         self._check_queues(queue_sizes, force)
 
     def _check_queues(self, sizes: Sequence[int], force: bool) -> None:
@@ -122,7 +125,9 @@ class Opening:
         offered = link.client.negotiation.virtio_offered or 0
         self._check_limit(link.client.queue_limit())
         self._check_slots(link.client.slot_limit())
-        agreed = Agreed(offered & GUEST_FEATURES, self._find_config(link), self._find_memory(link))
+        features = offered & GUEST_FEATURES & ~self._kind.impossible_features(self._queues)
+        agreed = Agreed(features, self._find_config(link), self._find_memory(link))
+        self.greet(link.client)
         if not self._warned:
             self._warned = True
             self._warn(offered, agreed.config)

@@ -36,6 +36,8 @@ FORWARD, WHOLE, ABSORB = "forward", "whole", "absorb"
 ANY, PAIRS, PORTS, FIXED = "any", "pairs", "ports", "fixed"
 UNCLASSIFIED = 0xFFFF  # base class and subclass of a device that fits no class
 PAIR = 2
+# CTRL_GUEST_OFFLOADS, CTRL_VQ and what it is for, MQ, CTRL_MAC_ADDR, VQ_NOTF_COAL, NOTF_COAL, RSS
+_NET_CONTROL = sum(1 << bit for bit in (2, 17, 18, 19, 20, 21, 22, 23, 52, 53, 60))
 CONFIG_MAX = 4096  # bytes of configuration that the transport has room for
 SIZE_MAX, USUAL_SIZE = 32768, 256  # entries of a virtqueue (virtio 1.2, 2.7), and of one that nobody sized
 
@@ -97,6 +99,10 @@ class Kind(Record):
         Network backends count pairs, as QEMU does (vhost_net_get_max_queues); a control queue may follow.
         """
         return PAIR * reported + 1 if self.queue_rule == PAIRS else reported
+
+    def impossible_features(self, count: int) -> int:
+        """Feature bits that need one queue more than `count`: a network card's control queue (5.1.3.1)."""
+        return _NET_CONTROL if self.queue_rule == PAIRS and not count % PAIR else 0
 
 
 _NET = (

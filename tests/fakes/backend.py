@@ -55,6 +55,9 @@ class FakeKind(Record):
     config_size: int = 16
     write_policy: str = "forward"
 
+    def impossible_features(self, count: int) -> int:
+        return 0
+
     def backend_limit(self, reported: int) -> int:
         """What GET_QUEUE_NUM means."""
         return reported

@@ -119,6 +119,12 @@ def test_network_backends_count_pairs():
     assert kinds.of(2).backend_limit(4) == 4
 
 
+def test_without_a_control_queue_nothing_that_needs_one() -> None:
+    network, control = kinds.of(1), 1 << 17 | 1 << 22
+    assert network.impossible_features(2) & control == control == network.impossible_features(4) & control
+    assert network.impossible_features(3) == kinds.of(2).impossible_features(2) == 0
+
+
 def test_served_names_kinds():
     for number, row in served.SERVED.items():
         assert number == 63 or kinds.by_id(number) is not None
