@@ -99,6 +99,12 @@ class Connection:
         if self._backend_channel is not None:
             self._backend_channel.close()
 
+    def hang_up(self) -> None:
+        """End the connection from our side, with whatever the frontend makes of that."""
+        if not self.closed:
+            self.close()
+            self._on_end("")
+
     def send_config_change(self) -> None:
         """CONFIG_CHANGE_MSG, when the frontend listens for it."""
         row = BACKEND_REQUESTS.by_name["CONFIG_CHANGE_MSG"]

@@ -50,7 +50,12 @@ def main(
         loop = DeviceLoop()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.stop())
-        serve(make(arguments), where, loop=loop)
+        device = make(arguments)
+        if arguments.faults:
+            from .faults import Faults
+
+            Faults.parse(arguments.faults).attach(device)
+        serve(device, where, loop=loop)
     except (ConfigError, OSError, ValueError) as error:
         log.warn(f"{kind} backend: {error}")
         sys.exit(EXIT_CONFIG)
@@ -66,6 +71,9 @@ def _parser(kind: str, options: Options) -> argparse.ArgumentParser:
     where.add_argument("--fd", type=int, metavar="N", help="use this socket, connected or listening")
     where.add_argument("--print-capabilities", action="store_true", help="describe the backend as JSON")
     parser.add_argument("-v", "--verbose", action="count", default=0, help="say more; twice for details")
+    parser.add_argument(
+        "--faults", metavar="PLAN", help="misbehave on purpose: seed=N,after=N,FAULT=CHANCE or FAULT=N+N..."
+    )
     for name, default, text in options:
         parser.add_argument(name, default=default, help=text, **_action(default))
     return parser

@@ -147,7 +147,7 @@ def main() -> None:
         pairs = [(ours(depth, count), in_c(depth, count)) for _ in range(arguments.runs)]
         mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(
-            f"depth {depth:2}: echo {mine:9.0f} buffers/s, a loop in C {theirs:9.0f}: {theirs / mine:.2f} times",
+            f"depth {depth:2}: echo {mine:9.0f} buffers/s, in C {theirs:9.0f}: {theirs / mine:.2f} times",
             flush=True,
         )
     seconds = reconnects(arguments.connections, arguments.buffers)

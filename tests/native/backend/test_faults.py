@@ -1,0 +1,221 @@
+"""Faults on purpose: what each makes a driver see, and that a plan does the same again."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import struct
+
+import pytest
+
+pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
+
+from fakes.ring_driver import DriverQueue, Ram, RawFrontend
+
+from pyvmm.backend import ConfigSpace, Device, DeviceThread, spawn
+from pyvmm.backend.faults import EFFECTS, Faults
+from pyvmm.errors import ConfigError
+from pyvmm.vhost_user.payloads import Config
+
+
+class Upper(Device):
+    device_id = 63
+    features = 1 << 3
+    queue_sizes = (16,)
+
+    def __init__(self):
+        super().__init__()
+        self.config = ConfigSpace([("word", 4)])
+
+    def on_queue(self, queue):
+        for chain in queue:
+            chain.write(chain.read().upper())
+
+
+class Driver:
+    """A driver that believes nothing: it reads the used ring as numbers."""
+
+    def __init__(self, sock):
+        self.ram = Ram()
+        self.queue = DriverQueue(self.ram, 16)
+        self.frontend = RawFrontend(sock)
+        self.offered = self.frontend.negotiate(1 << 30 | 1 << 32)
+        self.frontend.share(self.ram)
+        assert self.frontend.start(0, self.queue) == 0
+
+    def send(self, *texts):
+        """Make all available at once; their heads."""
+        heads = [self.queue.add([text], [len(text)]) for text in texts]
+        self.queue.kick()
+        return heads
+
+    def used(self):
+        """All used elements so far: identifier and length."""
+        index = self.ram.u16(self.queue.used + 2)
+        return [struct.unpack_from("<II", self.ram.data, self.queue.used + 4 + 8 * i) for i in range(index)]
+
+    def called(self, seconds=10.0):
+        if not select.select([self.queue.call_fd], [], [], seconds)[0]:
+            return False
+        os.eventfd_read(self.queue.call_fd)
+        return True
+
+    def settle(self):
+        """Wait until the device has served everything: it answers messages in between."""
+        self.frontend.number("GET_FEATURES")
+        self.frontend.number("GET_FEATURES")
+
+    def close(self):
+        self.frontend.close()
+        self.queue.close()
+        self.ram.close()
+
+
+@pytest.fixture
+def plug():
+    """A faulty device in a thread, and its driver."""
+    running = []
+
+    def plug(**plan):
+        device, faults = Upper(), Faults(**plan)
+        faults.attach(device)
+        thread = DeviceThread(device)
+        driver = Driver(thread.take_socket())
+        running.extend((driver, thread))
+        return driver, faults
+
+    yield plug
+    for thing in running:
+        thing.close()
+
+
+SEEN = {  # what three chains of 2, 3 and 4 bytes become when the fault hits the second
+    "drop": lambda a, b, c: [(a, 2), (c, 4)],
+    "short_write": lambda a, b, c: [(a, 2), (b, 1), (c, 4)],
+    "used_len": lambda a, b, c: [(a, 2), (b, 3 + 4096), (c, 4)],
+    "bad_used_id": lambda a, b, c: [(a, 2), (16 + b, 3), (c, 4)],
+    "duplicate": lambda a, b, c: [(a, 2), (b, 3), (b, 3), (c, 4)],
+    "reorder": lambda a, b, c: [(a, 2), (c, 4), (b, 3)],
+}
+
+
+@pytest.mark.parametrize("fault", SEEN)
+def test_used_ring_shows_the_fault(plug, fault):
+    driver, faults = plug(**{fault: {1}})
+    heads = driver.send(b"ab", b"cde", b"fghi")
+    assert driver.called()
+    assert driver.used() == SEEN[fault](*heads)
+    assert [(hit.number, hit.queue, hit.fault) for hit in faults.hits] == [(1, 0, fault)]
+
+
+def test_reordered_chain_is_not_lost_when_it_is_the_last(plug):
+    driver, _ = plug(reorder={0, 1, 2})
+    heads = driver.send(b"ab", b"cd", b"ef")
+    assert driver.called()
+    assert sorted(driver.used()) == [(head, 2) for head in heads]
+
+
+def test_delay(plug):
+    driver, _ = plug(delay={0}, delay_seconds=0.2)
+    late, early = driver.send(b"ab", b"cd")
+    assert driver.called()
+    assert driver.used() == [(early, 2)]
+    assert driver.called()
+    assert driver.used() == [(early, 2), (late, 2)]
+
+
+def test_lost_call_and_call_for_nothing(plug):
+    driver, _ = plug(never_call={0}, spurious_call={1})
+    driver.send(b"ab")
+    driver.settle()
+    assert len(driver.used()) == 1
+    assert not driver.called(0)
+    driver.send(b"cd")
+    assert driver.called()
+    driver.settle()
+    assert len(driver.used()) == 2
+
+
+def test_needs_reset_ends_the_connection(plug):
+    driver, _ = plug(needs_reset={0})
+    driver.send(b"ab")
+    with pytest.raises((EOFError, ConnectionError)):
+        driver.frontend.receive()
+    assert driver.used() == []
+
+
+def test_die():
+    def make():
+        device = Upper()
+        Faults(die={1}).attach(device)
+        return device
+
+    process = spawn(make)
+    driver = Driver(process.take_socket())
+    driver.send(b"ab")
+    assert driver.called()
+    driver.send(b"cd")
+    assert process.wait(10) == 128 + signal.SIGKILL
+    assert len(driver.used()) == 1
+    driver.close()
+    process.close()
+
+
+def test_features_and_configuration(plug):
+    driver, faults = plug(features=1 << 3 | 1 << 5, config_flip={1})
+    assert driver.offered & 0xFF == 1 << 5
+    reads = [driver.frontend.ask("GET_CONFIG", Config(0, 0, bytes(4))).data for _ in range(3)]
+    assert reads[0] == reads[2] == bytes(4)
+    assert int.from_bytes(reads[1], "little").bit_count() == 1
+    assert faults.hits[0].fault == "config_flip"
+
+
+def traffic(plug, **plan):
+    driver, faults = plug(**plan)
+    for i in range(16 // 2 - 1):
+        driver.send(bytes([65 + i]) * 4)
+    driver.settle()
+    return [length for _, length in driver.used()], faults
+
+
+def test_same_seed_does_the_same_and_a_replay_too(plug):
+    plan = {"drop": 0.3, "duplicate": 0.3, "short_write": 0.3}
+    seen, faults = traffic(plug, seed=3, **plan)
+    assert faults.hits
+    again, _ = traffic(plug, seed=3, **plan)
+    replayed, replay = traffic(plug, **{**faults.replay().rules})
+    assert seen == again == replayed
+    assert replay.hits == faults.hits
+    others = {tuple(traffic(plug, seed=seed, **plan)[0]) for seed in range(4, 9)}
+    assert len(others | {tuple(seen)}) > 1
+
+
+def test_after(plug):
+    _, faults = traffic(plug, after=4, drop=1.0)
+    assert [hit.number for hit in faults.hits] == [4, 5, 6]
+
+
+def test_every_fault_is_tested():
+    tested = {*SEEN, "delay", "never_call", "spurious_call", "needs_reset", "die"}
+    assert tested == set(EFFECTS)
+
+
+def test_parse():
+    plan = Faults.parse("seed=7,after=100,drop=0.01,duplicate=5+6,delay-seconds=2")
+    assert (plan.seed, plan.after, plan.delay_seconds) == (7, 100, 2.0)
+    assert plan.rules == {"drop": 0.01, "duplicate": {5, 6}}
+
+
+@pytest.mark.parametrize("text", ["dorp=0.1", "drop=often", "drop"])
+def test_plans_that_are_none(text):
+    with pytest.raises(ConfigError):
+        Faults.parse(text)
+
+
+def test_native_loops_take_none():
+    from pyvmm.backend.echo import Echo
+
+    with pytest.raises(ConfigError, match="loop of its own"):
+        Faults(drop=0.5).attach(Echo())
+    Faults(drop=0.5).attach(Echo(native=False))
