@@ -1,14 +1,15 @@
 """Files that users name: opened without ever waiting, and only where their kind makes sense.
 
-It owns the words for everything that can be wrong with a path.  A pipe that nobody writes
-to would stop the program for ever, and a directory can be opened and not read; neither
-gets through here.  What the file is for is the caller's.
+It owns the words for everything that can be wrong with a path, and how to write to a reader that may
+stop reading.  A pipe that nobody writes to would stop the program for ever, and a directory can
+be opened and not read; neither gets through here.  What the file is for is the caller's.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 
 from .errors import ConfigError
@@ -28,6 +29,9 @@ _KINDS: tuple[tuple[Test, str], ...] = (
     (stat.S_ISBLK, "block device"),
 )
 SOCKET_PATH_MAX = 107  # sun_path less its terminating zero
+OUTPUT_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+PIECE = 4096  # what a pipe that polls writable takes without blocking
+LOOK_MS = 100
 _REASONS = {errno.ENXIO: "nobody is at its other end"}
 
 
@@ -48,6 +52,27 @@ def open_file(
         raise ConfigError(f"{subject}: is a {_name(kind)}; {cure}")
     os.set_blocking(fd, True)
     return fd
+
+
+def open_output(subject: str, path: str) -> int:
+    """A descriptor that appends to `path`, emptied or new; a pipe needs its reader.  Raises ConfigError."""
+    kinds = (stat.S_ISREG, stat.S_ISCHR, stat.S_ISFIFO)
+    return open_file(subject, path, "a writable file is needed", *kinds, flags=OUTPUT_FLAGS)
+
+
+def write_all(fd: int, data: bytes, go_on: Callable[[], bool]) -> bool:
+    """Write `data` at the reader's pace; whether all of it was taken.
+
+    While nothing is taken, `go_on` is asked ten times a second whether to wait longer.  Raises OSError.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    while data:
+        if poll.poll(LOOK_MS):
+            data = data[os.write(fd, data[:PIECE]) :]
+        elif not go_on():
+            return False
+    return True
 
 
 def _reason(error: OSError | ValueError) -> str:

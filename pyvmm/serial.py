@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 from time import monotonic
 
+from .files import write_all
 from .legacy.uart import Uart
 from .streams import ListeningStream, open_stream
 
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
     from .config import StreamConfig
     from .loop import EventLoop
 
-CHUNK = 4096  # what a pipe that polls writable takes without blocking
-LOOK_MS = 100  # how often a blocked write looks whether the machine ends
-LAST_SECONDS = 0.5  # that its reader gets then
+CHUNK = 4096  # of input
+LAST_SECONDS = 0.5  # that a reader gets when the machine ends
 READER_GONE = (
     errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.ECONNRESET, errno.ENOTCONN, errno.EAGAIN,
 )  # fmt: skip
@@ -104,18 +103,16 @@ class SerialPort:
 
     def _write(self, fd: int, data: bytes) -> None:
         """Write `data` at the reader's pace; when the machine ends, a reader that is too slow loses bytes."""
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
         due = 0.0
-        while data:
-            if poll.poll(LOOK_MS):
-                try:
-                    data = data[os.write(fd, data[:CHUNK]) :]
-                except OSError as error:
-                    if error.errno not in READER_GONE:
-                        raise
-                    return
-            elif self._loop.stopped:
+
+        def go_on() -> bool:
+            nonlocal due
+            if self._loop.stopped:
                 due = due or monotonic() + LAST_SECONDS
-                if monotonic() > due:
-                    return
+            return not due or monotonic() < due
+
+        try:
+            write_all(fd, data, go_on)
+        except OSError as error:
+            if error.errno not in READER_GONE:
+                raise

@@ -11,7 +11,7 @@ import stat
 
 from . import log
 from .errors import ConfigError
-from .files import SOCKET_PATH_MAX, open_file
+from .files import SOCKET_PATH_MAX, open_output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -137,9 +137,7 @@ def _pty(option: str, path: str) -> Stream:
 
 
 def _file(option: str, path: str) -> Stream:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    kinds = (stat.S_ISREG, stat.S_ISCHR, stat.S_ISFIFO)
-    fd = open_file(f"{option}: {path}", path, "a writable file is needed", *kinds, flags=flags)
+    fd = open_output(f"{option}: {path}", path)
     return Stream(-1, fd, (fd,))
 
 

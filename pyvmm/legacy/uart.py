@@ -44,6 +44,8 @@ class Uart:
         self._send = send
         self._set_irq = set_irq
         self._lock = Lock()
+        self._sending = Lock()  # taken before the other
+        self._drained = bytearray()  # output that is to be sent now
         self._input: deque[int] = deque()
         self._output = bytearray()
         self._ier = self._fcr = self._lcr = self._scratch = self._overrun = 0
@@ -71,19 +73,33 @@ class Uart:
         """Send what is gathered now; for the end of the machine and for idle moments."""
         with self._lock:
             self._drain()
+        self._deliver()
 
     def read(self, offset: int, width: int) -> int:
         """A register, one byte; a wider access gets the byte and zeros."""
         with self._lock:
             value = self._read(offset)
             self._update()
-            return value
+        self._deliver()
+        return value
 
     def write(self, offset: int, width: int, value: int) -> None:
         """A register; only the low byte of a wider access counts."""
         with self._lock:
             self._write(offset, value & 0xFF)
             self._update()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Send what is drained, in order; without the lock, since a reader may stand still."""
+        if not self._drained:
+            return
+        with self._sending:
+            with self._lock:
+                data = bytes(self._drained)
+                self._drained.clear()
+            if data:
+                self._send(data)
 
     # -- registers; the lock is held ---------------------------------------------------
 
@@ -192,10 +208,8 @@ class Uart:
             self._input.append(self._pending.popleft())
 
     def _drain(self) -> None:
-        if self._output:
-            data = bytes(self._output)
-            self._output.clear()
-            self._send(data)
+        self._drained += self._output
+        self._output.clear()
 
     def _cause(self) -> int:
         """The pending interrupt of highest priority (data sheet, table IV), or IIR_NONE."""

@@ -115,6 +115,35 @@ def test_a_slow_reader_gets_everything(loop: EventLoop) -> None:
         close(loop, serial)
 
 
+def test_a_reader_that_has_stopped_does_not_hold_up_input(loop: EventLoop) -> None:
+    """As when Ctrl-S was typed: the event loop, which brings the Ctrl-Q, waits for nobody."""
+    reader, full = os.pipe()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        serial._stream.output_fd = full
+        os.set_blocking(full, False)
+        try:
+            while True:
+                os.write(full, bytes(4096))
+        except BlockingIOError:
+            os.set_blocking(full, True)
+        writer = threading.Thread(target=say, args=(serial, b"x\n"))
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive()
+        ours.send(b"hi")
+        assert hear(serial, 2) == b"hi"
+        assert writer.is_alive()
+        os.read(reader, 1 << 20)
+        writer.join()
+        serial._stream.output_fd = -1
+        close(loop, serial)
+    os.close(full)
+    with open(reader, "rb") as rest:
+        assert rest.read() == b"x\n"
+
+
 def test_a_reader_that_has_stopped_does_not_hold_up_the_end(loop: EventLoop) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
