@@ -59,7 +59,8 @@ class StreamConfig(Record):
 
 class GenericDevice(Record):
     """Any vhost-user backend that listens at `socket`, is connected at descriptor `fd`, or is started
-    by `exec`; with `server` it is pyvmm that listens.  `on_loss` overrides the machine's."""
+    by `exec`; with `server` it is pyvmm that listens.  `on_loss` overrides the machine's, `display` is a
+    PNG file for what a GPU shows."""
 
     device_type: str
     socket: str = ""
@@ -71,6 +72,7 @@ class GenericDevice(Record):
     exec: tuple[str, ...] = ()
     server: bool = False
     on_loss: str = ""
+    display: str = ""
 
 
 class DiskDevice(Record):
@@ -161,6 +163,7 @@ GENERIC_KEYS = (
     Key("server", options.toggle, False),
     Key("on_loss", options.string, ""),
     Key("queue_sizes", options.integers, ()),
+    Key("display", _plain_path, ""),
     Key("config", options.string, ""),
     Key("force", options.toggle, False),
     Key("id", options.string, ""),

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
     from .loop import EventLoop
     from .record import Record
     from .streams import Stream
+    from .vhost_user.client import Client
     from .vhost_user.endpoint import Endpoint
     from .vhost_user.frontend import Frontend
+    from .vhost_user.gpu import Screen
     from .vhost_user.memory import GuestRam
     from .virtio.kinds import Kind
 
 MAX_ID = 0x3F  # 0x1040 + id must stay below 0x1080 (virtio 1.2, 4.1.2.1)
+GPU = 16
 CONFIG_CURE = "give hex, @FILE or [field=value,...]"
 
 
@@ -51,6 +54,7 @@ class Prepared:
         backend: Any = None,
         force: bool = False,
         on_loss: str = "",
+        display: str | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
@@ -60,6 +64,8 @@ class Prepared:
         self._backend = backend
         self._force = force
         self._on_loss = on_loss
+        self._display = display
+        self._screen: Screen | None = None
         self.stream: Stream | None = None
         self.before_waiting: Callable[[], object] | None = None  # see Endpoint
 
@@ -83,7 +89,22 @@ class Prepared:
             force=self._force,
             on_loss=self._on_loss or config.on_backend_loss,
             patience=config.reconnect_timeout,
+            greet=self._greeting(loop),
         )
+
+    def _greeting(self, loop: EventLoop) -> Callable[[Client], object] | None:
+        if self._display is None:
+            return None
+        from .vhost_user.gpu import Screen
+
+        self._close_screen()
+        self._screen = Screen(self.name, self._display, loop)
+        return self._screen.attach
+
+    def _close_screen(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
 
     def start(self) -> None:
         """The guest runs from now on."""
@@ -92,6 +113,7 @@ class Prepared:
 
     def close(self) -> None:
         """End the backend if it was started for this device."""
+        self._close_screen()
         if self._backend is not None:
             self._backend.close()
         if self.stream is not None:
@@ -201,6 +223,8 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     kind = find_kind(option, device.device_type)
     if kind.refused:
         raise ConfigError(f"{option}: {kind.name} is impossible: {kind.refused}")
+    if device.display and kind.device_id != GPU:
+        raise ConfigError(f"{option}: display={device.display}: {kind.name} has none; it is for device_type=gpu")
     sizes = device.queue_sizes or kind.usual_sizes
     config = config_bytes(option, device.config, kind)
     if not device.force:
@@ -209,6 +233,7 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     return Prepared(
         device.id or kind.name, kind, sizes, where,
         config=config, backend=backend, force=device.force, on_loss=device.on_loss,
+        display=device.display if kind.device_id == GPU else None,
     )  # fmt: skip
 
 

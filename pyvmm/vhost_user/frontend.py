@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..loop import EventLoop
     from ..virtio.queue import QueueSetup
+    from .client import Client
     from .codec import Message
     from .endpoint import Endpoint
     from .memory import GuestRam
@@ -61,6 +62,7 @@ class Frontend:
     `patience` seconds, 0: for ever), the event loop ends with BackendLost (STOP), or the device is
     given up (FAIL).  `on_config_change`, `on_away`, `on_back` and `on_lost` are called in the thread of
     `loop`, once `start_watching` was; `on_config_refused` in the thread that accesses the configuration.
+    `greet` is called with each connection that was agreed on.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Frontend:
         force: bool = False,
         on_loss: str = FAIL,
         patience: float = 0.0,
+        greet: Callable[[Client], object] | None = None,
     ) -> None:
         self._endpoint = endpoint(connect)
         self.name = name or f"{kind.name} at {self._endpoint.name}"
@@ -102,6 +105,7 @@ class Frontend:
         self._wanted: Wanted | None = None
         self._running: tuple[tuple[QueueSetup, int], ...] = ()  # and where each ring began
         self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges))
+        self._opening.greet = greet or _nothing
         self._inflight = InflightBuffer(len(self.queue_sizes), max(self.queue_sizes))
         self._memory = MemoryTable(ram)
         self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)
@@ -116,7 +120,7 @@ class Frontend:
     # -- opening -----------------------------------------------------------------------
     def _open(self, link: Link) -> Agreed:
         try:
-            return self._negotiate(link)
+            return self._opening.open(link, self._handlers)
         except ProtocolError as error:
             link.close()
             known = self._endpoint.explain()
@@ -127,9 +131,6 @@ class Frontend:
         except BaseException:
             link.close()
             raise
-
-    def _negotiate(self, link: Link) -> Agreed:
-        return self._opening.open(link, self._handlers)
 
     # -- start and stop ----------------------------------------------------------------
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
@@ -317,7 +318,7 @@ class Frontend:
         try:
             if self._closed:
                 raise BackendLost(self._lost)
-            agreed = self._negotiate(link)
+            agreed = self._opening.open(link, self._handlers)
             with self._lock:
                 link.client.limit = monotonic() + self._deadline  # a virtual CPU may want the lock
                 self._resume(link, agreed)
