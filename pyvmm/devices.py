@@ -224,7 +224,7 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     if kind.refused:
         raise ConfigError(f"{option}: {kind.name} is impossible: {kind.refused}")
     if device.display and kind.device_id != GPU:
-        raise ConfigError(f"{option}: display={device.display}: {kind.name} has none; it is for device_type=gpu")
+        raise ConfigError(f"{option}: display={device.display}: only device_type=gpu has one; leave it out")
     sizes = device.queue_sizes or kind.usual_sizes
     config = config_bytes(option, device.config, kind)
     if not device.force:
