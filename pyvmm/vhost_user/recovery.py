@@ -93,7 +93,7 @@ class Recovery:
         try:
             sock = self._endpoint.reconnect()
         except (ConfigError, OSError) as error:
-            self._tell(f"no backend can be had: {error}")
+            self._tell(str(error), f"no backend can be had: {error}")
             self._failed(error)
             return
         if sock is None:
@@ -119,13 +119,14 @@ class Recovery:
         if failure is None:
             self._ended("")
             return
-        self._tell(f"a backend came and cannot be used: {failure}{self._endpoint.explain()}")
+        known = self._endpoint.explain()
+        self._tell(known or str(failure), f"a backend came and cannot be used: {failure}{known}")
         self._failed(failure)
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, reason: str, text: str) -> None:
         """Each reason once, until a backend has worked again."""
-        if text not in self._told:
-            self._told.add(text)
+        if reason not in self._told:
+            self._told.add(reason)
             log.warn(f"{self._name}: {text}")
 
     def _failed(self, failure: Exception | None) -> None:

@@ -6,6 +6,7 @@ orphans, so that a backend that outlives its VMM is seen however it detached its
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -56,7 +57,8 @@ def children() -> set[int]:
     """Process ids of this process's children, zombies too."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
-        found.update(int(word) for word in (task / "children").read_text().split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
+            found.update(int(word) for word in (task / "children").read_text().split())
     return found
 
 
