@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .process import spawn as spawn
     from .queue import Queue as Queue
     from .server import serve as serve
+    from .shared_memory import SharedMemory as SharedMemory
 
 _HOMES = {
     "ConfigSpace": "config",
@@ -34,6 +35,7 @@ _HOMES = {
     "DeviceProcess": "process",
     "DeviceThread": "local",
     "Queue": "queue",
+    "SharedMemory": "shared_memory",
     "serve": "server",
     "serve_async": "aio",
     "spawn": "process",
@@ -45,6 +47,7 @@ __all__ = [
     "DeviceProcess",
     "DeviceThread",
     "Queue",
+    "SharedMemory",
     "serve",
     "serve_async",
     "spawn",

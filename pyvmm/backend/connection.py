@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 from _socket import socket
+from time import monotonic
 
 from .. import log
-from ..errors import BackendLost, RemoteProtocolError
+from ..errors import BackendLost, LocalProtocolError, RemoteProtocolError
 from ..vhost_user.channel import Channel
 from ..vhost_user.codec import encode_request
 from ..vhost_user.messages import (
@@ -24,8 +25,8 @@ from ..vhost_user.messages import (
     FRONTEND_REQUESTS,
     ProtocolFeature,
 )
-from ..vhost_user.payloads import U64, Config, Empty, VringState
-from ..vhost_user.session import Negotiation, Responder
+from ..vhost_user.payloads import SHMEM_REGIONS, U64, Config, Empty, ShmemConfig, VringState
+from ..vhost_user.session import Negotiation, Requester, Responder
 from .device import Device
 from .inflight import create
 from .memory import MAX_SLOTS
@@ -35,7 +36,7 @@ from .state import FAILED, LOAD, PHASE_STOPPED, SAVE, USE_YOURS, Transfer
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ..vhost_user.codec import Message
     from ..vhost_user.payloads import (
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 F_VERSION_1 = 1 << 32
 TRANSPORT_FEATURES = F_INDIRECT_DESC | F_EVENT_IDX | F_PROTOCOL_FEATURES | F_VERSION_1 | F_RING_PACKED
+WITH_MEMORY = ProtocolFeature.SHMEM | ProtocolFeature.BACKEND_SEND_FD
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
     | ProtocolFeature.REPLY_ACK
@@ -60,7 +62,9 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.DEVICE_STATE
+    | WITH_MEMORY
 )
+SECONDS = 10.0  # how long the frontend may take to answer
 MESSAGES_A_TURN = 64  # a flood of messages must not keep the queues from their turn
 
 
@@ -114,6 +118,21 @@ class Connection:
             self._backend_channel.send(encode_request(row, Empty()))
         except BackendLost:
             return  # full of unread notifications, which say the same, or the frontend is gone
+
+    def ask(self, name: str, payload: Payload, fds: Sequence[int] = ()) -> int:
+        """Send a request of the backend's own and wait for the status; 0 where the frontend gives none.
+
+        LocalProtocolError when it was not negotiated, BackendLost when there is no answer.
+        """
+        if self._backend_channel is None:
+            raise LocalProtocolError(f"{name} before SET_BACKEND_REQ_FD")
+        requester = Requester(BACKEND_REQUESTS, self.agreed, os.close)
+        due = monotonic() + SECONDS
+        self._backend_channel.send(requester.request(name, payload, len(fds)), fds, due)
+        if requester.awaiting is None:
+            return 0
+        reply = requester.reply(self._backend_channel.receive(requester.decoder, due))
+        return reply.value if isinstance(reply, U64) else 0
 
     # -- messages --------------------------------------------------------------------------
 
@@ -272,6 +291,12 @@ class Connection:
     def set_inflight_fd(self, payload: Inflight, message: Message) -> None:
         self._running.track(payload, message.fds[0])
 
+    # -- shared memory
+
+    def get_shmem_config(self, payload: Empty, message: Message) -> Payload:
+        sizes = self.device.shared_memory
+        return ShmemConfig(len(sizes), tuple(sizes.get(shmid, 0) for shmid in range(SHMEM_REGIONS)))
+
     # -- state
 
     def set_device_state_fd(self, payload: DeviceState, message: Message) -> Payload:
@@ -303,6 +328,8 @@ def protocol_features(device: Device) -> int:
         lacking |= ProtocolFeature.INFLIGHT_SHMFD
     if type(device).save_state is Device.save_state:
         lacking |= ProtocolFeature.DEVICE_STATE
+    if not device.shared_memory:
+        lacking |= WITH_MEMORY
     return PROTOCOL_FEATURES & ~lacking
 
 

@@ -10,6 +10,8 @@ from .config import ConfigSpace
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .connection import Connection
     from .loop import DeviceLoop
     from .queue import Queue
@@ -20,7 +22,8 @@ class Device:
 
     `device_id` is the number of virtio 1.3 section 5, `features` the bits that the device
     kind defines there (0-23 and 50-63; the transport's bits are added by themselves),
-    `queue_sizes` the largest size of each virtqueue, `config` the configuration space.
+    `queue_sizes` the largest size of each virtqueue, `config` the configuration space,
+    `shared_memory` the size of each shared memory region by its id (see `shared_memory`).
 
     While `inflight` is true, chains in hand are noted where they outlive the process, if the
     frontend agrees: whoever serves the device next gets them again, before new ones and in
@@ -34,6 +37,7 @@ class Device:
     device_id = 0
     features = 0
     queue_sizes: tuple[int, ...] = (256,)
+    shared_memory: Mapping[int, int] = {}
     inflight = True
     threaded = False  # True: `on_start` runs its own thread, which alone touches ring and kick
 

@@ -164,6 +164,8 @@ def test_virtiofsd_after_a_device_reset(rig: Rig, tmp_path: Path) -> None:
         frontend.activate(VERSION_1, [ring.setup for ring in rings])
         assert fuse_init(rings[1])[0] == 7
         assert read_hello(rings[1]) == b"still here"
+        link = frontend._link  # it has been told of memory once, and keeps it
+        assert link is not None and link.client.regions == frontend._memory.payload.regions
         frontend.reset()
         for ring in rings:
             ring.restart()

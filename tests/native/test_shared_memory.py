@@ -18,6 +18,7 @@ from fakes.program import LIMIT, pvh_elf
 
 from pyvmm import config as cfg
 from pyvmm._native.memory import AddressSpace
+from pyvmm.backend import Device, DeviceThread, SharedMemory
 from pyvmm.errors import KvmError
 from pyvmm.loop import EventLoop
 from pyvmm.pci import config as pci
@@ -249,6 +250,46 @@ def test_a_hundred_cycles_leave_nothing(watch):
         assert peek.sees() == DATA
 
     watch(steps)
+
+
+def test_a_device_in_python_fills_the_bar(tmp_path):
+    class Window(Device):
+        device_id = 63
+        queue_sizes = (8,)
+        shared_memory = {0: REGION}  # noqa: RUF012
+
+    fd = os.memfd_create("window")
+    os.pwrite(fd, struct.pack("<I", DATA), PAGE + 4)
+    os.ftruncate(fd, 2 * PAGE)
+    window = Window()
+    memory = SharedMemory(window)
+    kernel = tmp_path / "vmlinux"
+    kernel.write_bytes(pvh_elf(program(PLACE), base=BASE))
+    with no_new_fds(), DeviceThread(window) as thread, EventLoop() as loop:
+        device = cfg.GenericDevice("63", fd=os.dup(thread.take_socket().fileno()), queue_sizes=(8,))
+        config = cfg.VmConfig(
+            cfg.PayloadConfig(str(kernel)), memory=cfg.MemoryConfig(64 << 20), devices=(device,)
+        )
+        with Vm(config, loop) as built:
+            driver = VirtioDriver(built.board.mmio, ConfigAccess(built.board.mmio, 1))
+            driver.probe()
+            for offset, value in ((0, PLACE), (4, 0)):
+                driver.config.write(pci.BAR0 + 4 * 2 + offset, 4, value)
+            thread.call(lambda: memory.map(0, 0, fd, PAGE, fd_offset=PAGE))
+            seen = []
+
+            def look():
+                with memoryview(built.ram) as ram:
+                    seen.append(struct.unpack_from("<I", ram, SEEN)[0])
+                if seen[-1] == DATA or len(seen) > 1000:
+                    built.stop()
+                else:
+                    loop.call_later(0.01, look)
+
+            look()
+            assert built.run().kind == STOPPED
+            assert seen[-1] == DATA
+    os.close(fd)
 
 
 # -- pieces ----------------------------------------------------------------------------------
