@@ -6,7 +6,6 @@ orphans, so that a backend that outlives its VMM is seen however it detached its
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import os
@@ -53,13 +52,28 @@ def reap_orphans(wanted: bool) -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
-def children() -> set[int]:
-    """Process ids of this process's children, zombies too."""
-    found: set[int] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that ends
-            found.update(int(word) for word in (task / "children").read_text().split())
-    return found
+def children(parent: int = 0) -> set[int]:
+    """Process ids of the children of `parent` (default: this process), zombies too.
+
+    Not from /proc/PID/task/*/children, which may leave some out while others end (proc(5)).
+    """
+    wanted = parent or os.getpid()
+    return {int(name) for name in os.listdir("/proc") if name.isdigit() and _parent(name) == wanted}
+
+
+def _parent(pid: str) -> int:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(text.rpartition(")")[2].split()[1])
+
+
+def end_children(pids: set[int]) -> None:
+    """Kill these children of ours and reap them."""
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def describe(pid: int) -> str:
@@ -92,11 +106,12 @@ class Program:
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.finish()
-        for pid in children() - self.before:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        reap_orphans(False)
+        try:
+            self.finish()  # fails where a backend that was left behind holds a pipe open
+        finally:
+            while left := children() - self.before:  # the children of those that are killed come to us
+                end_children(left)
+            reap_orphans(False)
 
     def finish(self) -> int:
         """Wait for the end; the exit status as a shell counts it.  `stdout` and `stderr` hold the rest."""
@@ -125,10 +140,7 @@ class Program:
 
     def descendants(self) -> set[int]:
         """Process ids of what the program has started by now."""
-        found: set[int] = set()
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            found.update(int(word) for word in (task / "children").read_text().split())
-        return found
+        return children(self.process.pid)
 
     def await_descendants(self, count: int) -> set[int]:
         """Wait until `count` of them are there."""

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
+from fakes.program import children, describe, end_children, reap_orphans
+
+PATIENCE = 5.0  # seconds for a process to end that is about to
 
 
 def _why_no_kvm():
@@ -20,6 +24,22 @@ def need_kvm():
     reason = _why_no_kvm()
     if reason:
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def no_child_is_left():
+    """A test that leaves a process fails itself, and not the next one that counts them."""
+    before = children()
+    yield
+    due = time.monotonic() + PATIENCE
+    while (left := children() - before) and time.monotonic() < due:
+        time.sleep(0.02)
+    names = [describe(pid) for pid in left]
+    while left:
+        end_children(left)
+        left = children() - before
+    reap_orphans(False)
+    assert not names, f"left behind: {names}"
 
 
 @pytest.fixture
