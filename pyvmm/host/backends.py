@@ -198,8 +198,8 @@ def start_command(words: Sequence[str]) -> BackendProcess:
         return [program, *(word.replace(mark, value) for word in words[1:])]
 
     if any(SOCKET in word for word in words):
-        return ListeningProcess(name, lambda path: argv(SOCKET, path))
-    return BackendProcess(name, lambda fd: argv(FD, str(fd)))
+        return ListeningProcess(name, lambda path: argv(SOCKET, path), spoken=True)
+    return BackendProcess(name, lambda fd: argv(FD, str(fd)), spoken=True)
 
 
 def start_disk(device: DiskDevice) -> BackendProcess:

@@ -13,35 +13,40 @@ from .. import ending
 from ..backend.process import keep_only
 from ..errors import ConfigError
 from ..lean import signal
+from .output import Kept, Passed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _GRACE_MS = 2000
-_TAIL = 4096
 
 
 class Child:
     """One helper.  `pidfd` becomes readable when it ends; `close` ends it if it has not.
 
     Only the descriptors in `keep` stay open in it, under their own numbers.  Its standard
-    input is empty; what it prints is kept for `last_words`.  It has a session of its own, so
-    Ctrl-C does not reach it.  `prepare` is called in the child before it turns into the
-    program; an OSError of it counts as a failure to start.  Raises ConfigError when the
-    program cannot be started.
+    input is empty; what it prints is kept for `last_words`, or each line is passed to `tell` once
+    `output` is watched.  It has a session of its own, so Ctrl-C does not reach it.  `prepare` is
+    called in the child before it turns into the program; an OSError of it counts as a failure to
+    start.  Raises ConfigError when the program cannot be started.
     """
 
     def __init__(
-        self, argv: Sequence[str], keep: Sequence[int] = (), prepare: Callable[[], None] | None = None
+        self,
+        argv: Sequence[str],
+        keep: Sequence[int] = (),
+        prepare: Callable[[], None] | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
         self.name = os.path.basename(argv[0])
-        self._output = os.memfd_create(f"{self.name} output", os.MFD_CLOEXEC)
+        self.output = Passed(tell) if tell else Kept(self.name)
         try:
-            self.pid = _start(argv, keep, self._output, prepare)
+            self.pid = _start(argv, keep, self.output.fd, prepare)
         except BaseException:
-            os.close(self._output)
+            self.output.close()
             raise
+        self.output.started()
         self.pidfd = os.pidfd_open(self.pid)
         self.status: int | None = None
 
@@ -73,14 +78,12 @@ class Child:
                 self.kill(number)
                 self.wait(_GRACE_MS)
         os.close(self.pidfd)
-        os.close(self._output)
+        self.output.close()
         self.pidfd = -1
 
     def last_words(self) -> str:
         """The last line that it printed, or nothing."""
-        size = os.fstat(self._output).st_size
-        tail = os.pread(self._output, _TAIL, max(0, size - _TAIL)).strip()
-        return tail.split(b"\n")[-1].decode("utf-8", "replace")
+        return self.output.last()
 
 
 def _start(argv: Sequence[str], keep: Sequence[int], output: int, prepare: Callable[[], None] | None) -> int:

@@ -13,6 +13,7 @@ import os
 from _socket import AF_UNIX, SOCK_STREAM, socket
 from time import monotonic, sleep
 
+from .. import log
 from ..ending import waiting
 from ..errors import ConfigError
 from ..lean import signal
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from ..backend.process import DeviceProcess
+    from ..loop import EventLoop
     from .children import Child
 
     Arguments = Callable[[int], Sequence[str]]  # from the listening socket's number to argv
@@ -64,17 +66,26 @@ class BackendProcess:
     `argv` gets the number that the listening socket has in the child.  `close` ends the
     process if it still runs; close the frontend first, which lets the backend flush and end.
     `lock` is a descriptor to be closed after that; `prepare` runs in the child before the program.
+    What the program prints is kept for its last words, or `spoken` where its lines are passed on.
     """
 
     def __init__(
-        self, name: str, argv: Arguments, lock: int = -1, prepare: Callable[[], None] | None = None
+        self,
+        name: str,
+        argv: Arguments,
+        lock: int = -1,
+        prepare: Callable[[], None] | None = None,
+        *,
+        spoken: bool = False,
     ) -> None:
-        self.name = name
         self._argv, self._prepare = argv, prepare
         self._lock = lock
-        self._begin()
+        self._begin(name, spoken)
 
-    def _begin(self) -> None:
+    def _begin(self, name: str, spoken: bool) -> None:
+        self.name = name
+        self._tell = self._say if spoken else None
+        self._loop: EventLoop | None = None
         self._waiting: socket | None = None
         self._served = False
         self._leaving = Leaving()
@@ -87,7 +98,7 @@ class BackendProcess:
 
         listener, connection = connected_listener()
         try:
-            child = Child(self._argv(listener.fileno()), (listener.fileno(),), self._prepare)
+            child = Child(self._argv(listener.fileno()), (listener.fileno(),), self._prepare, self._tell)
         except BaseException:
             connection.close()
             raise
@@ -117,12 +128,22 @@ class BackendProcess:
             self.child.close()
             self.child = self._launch()
             self._served, self._leaving = False, Leaving()
+            self.watch(self._loop)
         sock = self._connect()
         if sock is None and self.child.ended():
             self._served = True  # it has had its turn
             raise ConfigError(f"{self.name} did not listen{self.explain()}")
         self._served = sock is not None
         return sock
+
+    def watch(self, loop: EventLoop | None) -> None:
+        """Pass on, in the thread of `loop`, what this process and those after it print."""
+        self._loop = loop
+        if loop is not None:
+            self.child.output.watch(loop)
+
+    def _say(self, line: str) -> None:
+        log.warn(f"{self.name}: {line}")
 
     def _connect(self) -> socket | None:
         sock, self._waiting = self._waiting, None
@@ -151,14 +172,13 @@ class BackendProcess:
 class ListeningProcess(BackendProcess):
     """A backend that makes its socket itself, at the path that `argv` gets: in a directory of ours."""
 
-    def __init__(self, name: str, argv: PathArguments) -> None:
-        self.name = name
+    def __init__(self, name: str, argv: PathArguments, *, spoken: bool = False) -> None:
         self._folder = _private_directory()
         self._path = os.path.join(self._folder, "s")
         self._path_argv = argv
         self._lock = -1
         try:
-            self._begin()
+            self._begin(name, spoken)
         except BaseException:
             self._remove()
             raise
@@ -167,7 +187,7 @@ class ListeningProcess(BackendProcess):
         from .children import Child
 
         self._unlink()
-        return Child(self._path_argv(self._path))
+        return Child(self._path_argv(self._path), tell=self._tell)
 
     def _connect(self) -> socket | None:
         sock = socket(AF_UNIX, SOCK_STREAM)
@@ -215,6 +235,9 @@ class StartedEndpoint(Endpoint):
 
     def reconnect(self) -> socket | None:
         return self.process.connection()
+
+    def watch(self, loop: EventLoop) -> None:
+        self.process.watch(loop)
 
     def explain(self) -> str:
         return self.process.explain()

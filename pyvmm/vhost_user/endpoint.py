@@ -22,6 +22,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..loop import EventLoop
+
 PATIENCE = 1.0  # seconds of waiting for a backend before the user is told
 NOT_YET = (errno.ENOENT, errno.ECONNREFUSED, errno.EAGAIN)  # the backend may still be starting
 CONNECTED = "pass a connected Unix stream socket"
@@ -53,6 +55,9 @@ class Endpoint:
         Called in the event loop's thread.  ConfigError says what keeps it from coming.
         """
         return None
+
+    def watch(self, loop: EventLoop) -> None:
+        """Whatever a backend of ours prints is passed on in the thread of `loop`."""
 
     def explain(self) -> str:
         """What is known about why the backend went away, or nothing."""

@@ -214,6 +214,32 @@ def test_backends_that_connect(machine, loop, tmp_path, started):
         process.wait()
 
 
+def test_what_a_command_prints_is_passed_on(machine, loop, started, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", environment().get("PYTHONPATH", ""))
+    script = tmp_path / "chatty"
+    script.write_text(
+        "#!/bin/sh\necho begin; printf 'two\\nlines and %s' half >&2; (sleep 0.3; echo '; done') &\n"
+        f"exec {' '.join(BACKEND)} --fd $1\n"
+    )
+    script.chmod(0o755)
+    with Vm(machine(cfg.GenericDevice("rng", exec=(str(script), "{fd}"), queue_sizes=SIZES)), loop) as built:
+        device = Entropy(built, 1, RINGS)
+        said = []
+
+        def steps():
+            device.start()
+            assert device.ask()
+            due = time.monotonic() + 20
+            while "done" not in "".join(said) and time.monotonic() < due:
+                said.append(capfd.readouterr().err)
+                time.sleep(0.01)
+
+        scenario(built, loop, steps)
+    text = "".join(said) + capfd.readouterr().err
+    lines = [line.partition("chatty: ")[2] for line in text.splitlines() if "chatty: " in line]
+    assert lines == ["begin", "two", "lines and half; done"]
+
+
 @pytest.mark.parametrize("words", [("false", "{fd}"), ("false", "{socket}")])
 def test_a_command_that_ends_at_once(machine, loop, started, words):
     with no_new_fds(), pytest.raises(ConfigError, match="it ended with status 1"):
@@ -249,7 +275,9 @@ def test_one_that_ends_at_once_later_is_not_started_all_the_time(
 
         scenario(built, loop, steps)
     assert 3 <= (tmp_path / "starts").read_text().count("x") <= 8
-    assert capfd.readouterr().err.count("(it ended with status 7: I am tired)") == 1
+    errors = capfd.readouterr().err
+    assert errors.count("(it ended with status 7: I am tired)") == 1, "the reason is told once"
+    assert "pyvmm: once: I am tired\n" in errors, "what a program prints is passed on"
     assert not started()
 
 
