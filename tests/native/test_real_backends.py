@@ -9,9 +9,12 @@ import errno
 import os
 import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import pytest
 from fakes.backend import no_new_fds
@@ -23,6 +26,7 @@ from pyvmm.host import backends
 from pyvmm.host.handover import BackendProcess, StartedEndpoint
 from pyvmm.loop import EventLoop
 from pyvmm.vhost_user.frontend import Frontend
+from pyvmm.vhost_user.recovery import RECONNECT
 from pyvmm.virtio import kinds
 
 VERSION_1 = 1 << 32
@@ -41,12 +45,15 @@ class Rig:
         self.lost: list[str] = []
 
     def connect(
-        self, process: BackendProcess, kind: str, queues: int, config: bytes | None = None
+        self, process: BackendProcess, kind: str, queues: int, config: bytes | None = None, **options: Any
     ) -> tuple[Frontend, list[Ring]]:
         self.closers.append(process.close)
         found = kinds.by_name(kind)
         assert found is not None
-        frontend = Frontend(process.endpoint, found, (128,) * queues, config, self.memory.ram, self.loop)
+        sizes = (128,) * queues
+        frontend = Frontend(
+            process.endpoint, found, sizes, config, self.memory.ram, self.loop, name="dev", **options
+        )
         frontend.on_lost = self.lost.append
         frontend.start_watching()
         self.closers.append(frontend.close)
@@ -125,9 +132,9 @@ def fuse_init(ring: Ring) -> tuple[int, int]:
     return major, minor
 
 
-def start_fs(rig: Rig, folder: Path) -> tuple[Frontend, list[Ring]]:
+def start_fs(rig: Rig, folder: Path, **options: Any) -> tuple[Frontend, list[Ring]]:
     process = backends.start_virtiofsd(FsDevice("tag", str(folder)))
-    return rig.connect(process, "fs", 2, b"tag".ljust(36, b"\0") + struct.pack("<I", 1))
+    return rig.connect(process, "fs", 2, b"tag".ljust(36, b"\0") + struct.pack("<I", 1), **options)
 
 
 def read_hello(ring: Ring) -> bytes:
@@ -193,6 +200,46 @@ def test_a_killed_backend_is_reported_with_its_end(rig: Rig, tmp_path: Path) -> 
     os.kill(endpoint.process.pid, signal.SIGKILL)
     rig.pump(lambda: rig.lost)
     assert rig.lost == ["the backend closed the connection (it ended with status 137)"]
+
+
+@contextmanager
+def killed(rig: Rig, frontend: Frontend) -> Iterator[None]:
+    """Kills the backend and waits until another one is there; the loop runs meanwhile and in the block."""
+    back = threading.Event()
+    frontend.on_back = back.set
+    thread = threading.Thread(target=rig.loop.run)
+    thread.start()
+    try:
+        endpoint = frontend._endpoint
+        assert isinstance(endpoint, StartedEndpoint)
+        os.kill(endpoint.process.pid, signal.SIGKILL)
+        assert back.wait(20)
+        yield
+    finally:
+        frontend.close()  # what was started in the thread ends with it
+        rig.loop.stop()
+        thread.join()
+
+
+@pytest.mark.usefixtures("virtiofsd")
+def test_a_killed_virtiofsd_is_started_again(rig: Rig, tmp_path: Path) -> None:
+    """It knows nothing of what the driver had open: that answers with errors until it is mounted again."""
+    (tmp_path / "hello").write_bytes(b"still here")
+    frontend, rings = start_fs(rig, tmp_path, on_loss=RECONNECT)
+    frontend.activate(VERSION_1, [ring.setup for ring in rings])
+    fuse_init(rings[1])
+    error, entry = fuse(rings[1], FUSE_LOOKUP, 1, b"hello\0", 128)
+    node = struct.unpack_from("<Q", entry)[0]
+    with killed(rig, frontend):
+        error, _ = fuse(rings[1], FUSE_OPEN, node, struct.pack("<II", 0, 0), 16)
+        assert error < 0
+        frontend.reset()
+        for ring in rings:
+            ring.restart()
+        frontend.activate(VERSION_1, [ring.setup for ring in rings])
+        fuse_init(rings[1])
+        assert read_hello(rings[1]) == b"still here"
+    assert not rig.lost
 
 
 @pytest.mark.usefixtures("virtiofsd")
@@ -268,8 +315,8 @@ def blk(ring: Ring, kind: int, sector: int, data: bytes = b"", size: int = 0) ->
     return status[0], b"".join(rest)
 
 
-def start_disk(rig: Rig, device: DiskDevice) -> tuple[Frontend, list[Ring]]:
-    return rig.connect(backends.start_disk(device), "block", device.num_queues)
+def start_disk(rig: Rig, device: DiskDevice, **options: Any) -> tuple[Frontend, list[Ring]]:
+    return rig.connect(backends.start_disk(device), "block", device.num_queues, **options)
 
 
 @pytest.fixture
@@ -292,6 +339,18 @@ def test_raw_disk(rig: Rig, image: Path) -> None:
     rings[0].restart()
     frontend.activate(VERSION_1, [ring.setup for ring in rings])
     assert blk(rings[0], BLK_IN, 3, size=512) == (0, b"w" * 512)
+    assert not rig.lost
+
+
+def test_a_killed_storage_daemon_is_started_again(rig: Rig, image: Path) -> None:
+    frontend, rings = start_disk(rig, DiskDevice(str(image)), on_loss=RECONNECT)
+    frontend.activate(VERSION_1 | BLK_F_FLUSH, [ring.setup for ring in rings])
+    assert blk(rings[0], BLK_OUT, 3, b"w" * 512) == (0, b"")
+    with killed(rig, frontend):
+        assert blk(rings[0], BLK_IN, 3, size=512) == (0, b"w" * 512)
+        assert blk(rings[0], BLK_OUT, 4, b"x" * 512) == (0, b"")
+        assert blk(rings[0], BLK_FLUSH, 0) == (0, b"")
+    assert image.read_bytes()[3 * 512 : 5 * 512] == b"w" * 512 + b"x" * 512
     assert not rig.lost
 
 
