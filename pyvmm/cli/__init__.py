@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv is None:
             _settle()
-        return _dispatch(words)
+        return _dispatch(words, argv is None)
     except HelpRequested as text:
         return _print(str(text))
     except PyvmmError as error:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settle() -> None:
-    """Make this process a safe place: three standard streams, an orderly end at every signal.
+    """Make this process a safe place, with three standard streams.
 
     A device that got the number of a closed standard stream would be sent our messages.
     """
@@ -86,6 +86,16 @@ def _settle() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+
+
+def _take_signals() -> None:
+    """From now on every signal brings an orderly end.
+
+    Until everything is loaded nothing has to be put in order, and signals end the process by
+    themselves: an exception in the import machinery would be printed, or even be swallowed by it.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
@@ -95,17 +105,19 @@ def _end(number: int, _: object) -> None:
     raise SystemExit(128 + number)
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], alone: bool) -> int:
     first = words[0] if words else "--help"
     if first in ("--help", "-h", "help"):
         rows = "\n".join(f"  {name:<8} {text}" for name, text in COMMANDS.items())
         return _print(USAGE.format(commands=rows))
     if first in ("--version", "-V"):
         return _print(f"pyvmm {_version()}\n")
-    if first in COMMANDS:
-        return _load(first)(words[1:])
-    if first.startswith("-"):
-        return _load("boot")(words)
+    if first in COMMANDS or first.startswith("-"):
+        name, rest = (first, words[1:]) if first in COMMANDS else ("boot", words)
+        command = _load(name)
+        if alone:
+            _take_signals()
+        return command(rest)
     from ..options import nearest
 
     log.warn(f"unknown command {first!r}{nearest(first, COMMANDS)} (see pyvmm --help)")
