@@ -1,6 +1,7 @@
 """The frontend against the real virtiofsd and qemu-storage-daemon; the test is the driver.
 
 Needs no KVM: the backends see a ring in a memory file, as they would with a guest.
+In one file because both programs are driven by the same rig.
 """
 
 from __future__ import annotations
