@@ -23,6 +23,7 @@ IMAGE_TYPES = ("raw", "qcow2")
 CACHES = ("auto", "always", "never", "metadata")
 LOSS_POLICIES = ("reconnect", "stop", "fail")
 PLACEHOLDERS = ("{fd}", "{socket}")  # in `exec`, one of them, for how the backend gets its socket
+TRACE_FORMATS = ("text", "json")
 PROTOCOLS = ("auto", "pvh", "linux64", "bzimage")
 
 
@@ -122,6 +123,13 @@ class ConsoleDevice(Record):
     id: str = ""
 
 
+class TraceConfig(Record):
+    """Where vhost-user messages are shown: the file `path`, or standard error; `format` is text or json."""
+
+    path: str = ""
+    format: str = "text"
+
+
 class VmConfig(Record):
     """A whole machine.  `deadline` bounds every vhost-user request, in seconds, and
     `reconnect_timeout` the search for another backend after a loss (0: it has no end); with `reboot` a guest
@@ -138,6 +146,7 @@ class VmConfig(Record):
     reconnect_timeout: float = 0.0
     reboot: bool = False
     control: str = ""
+    trace: TraceConfig | None = None
 
 
 def _plain_path(text: str) -> str:
@@ -190,6 +199,10 @@ FS_KEYS = (
 RNG_KEYS = (
     Key("src", _plain_path, "/dev/urandom"),
     Key("id", options.string, ""),
+)
+TRACE_KEYS = (
+    Key("vhost-user", _plain_path, ""),
+    Key("format", options.string, "text"),
 )
 _STREAM_MODES = ("off", "null", "tty", "pty")
 _STREAM_PATHS = ("file", "socket")
@@ -303,6 +316,20 @@ def stream(option: str, text: str) -> StreamConfig:
     if mode in _STREAM_PATHS and path:
         return StreamConfig(mode, options.dequote(path))
     raise ConfigError(f"{option}: {text!r}: off, null, tty, pty, file=PATH or socket=PATH is needed")
+
+
+def trace(text: str) -> TraceConfig | None:
+    """`vhost-user[=FILE][,format=text|json]`; nothing for nothing."""
+    if not text:
+        return None
+    what, comma, rest = text.partition(",")
+    if what == "vhost-user":
+        text = f"{what}={comma}{rest}"
+    elif not what.startswith("vhost-user="):
+        raise ConfigError(f"--trace: {what!r}: vhost-user or vhost-user=FILE is needed")
+    values = options.parse("--trace", text, TRACE_KEYS)
+    _one_of("--trace: format", values["format"], TRACE_FORMATS)
+    return TraceConfig(values["vhost-user"], values["format"])
 
 
 def protocol(text: str) -> str:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .vhost_user.frontend import Frontend
     from .vhost_user.gpu import Screen
     from .vhost_user.memory import GuestRam
+    from .vhost_user.trace import Trace
     from .virtio.kinds import Kind
 
 MAX_ID = 0x3F  # 0x1040 + id must stay below 0x1080 (virtio 1.2, 4.1.2.1)
@@ -69,7 +70,9 @@ class Prepared:
         self.stream: Stream | None = None
         self.before_waiting: Callable[[], object] | None = None  # see Endpoint
 
-    def connect(self, ram: GuestRam, loop: EventLoop, config: cfg.VmConfig) -> Frontend:
+    def connect(
+        self, ram: GuestRam, loop: EventLoop, config: cfg.VmConfig, trace: Trace | None = None
+    ) -> Frontend:
         """The frontend, connected and negotiated; raises ConfigError."""
         from .vhost_user.endpoint import endpoint
         from .vhost_user.frontend import Frontend
@@ -91,6 +94,7 @@ class Prepared:
             on_loss=self._on_loss or config.on_backend_loss,
             patience=config.reconnect_timeout,
             greet=self._greeting(loop),
+            trace=trace.device(self.name) if trace is not None else None,
         )
 
     def _greeting(self, loop: EventLoop) -> Callable[[Client], object] | None:

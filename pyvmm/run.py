@@ -37,6 +37,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .config import TraceConfig
     from .guest.channel import Outcome as CommandOutcome
 
 ROOT_TAG = "root"
@@ -85,6 +86,7 @@ class RunConfig(Record):
     cwd: str = "/"
     root: str = "/"
     share: tuple[str, ...] = ()
+    trace: TraceConfig | None = None
     on_backend_loss: str = "stop"
 
 
@@ -193,6 +195,7 @@ class CommandRun:
                 *(FsDevice(f"share{i}", path) for i, path in enumerate(config.share)),
             ),
             on_backend_loss=config.on_backend_loss,
+            trace=config.trace,
         )
 
     # -- events ----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .loop import EventLoop
     from .serial import SerialPort
     from .vhost_user.frontend import Frontend
+    from .vhost_user.trace import Trace
 
 PATIENCE = 1.0  # seconds that a virtual CPU, or a backend, gets to finish what it does
 LAST_PATIENCE = 15.0  # longer than any deadline
@@ -141,12 +142,20 @@ class Vm:
         """The frontend of each device; a bad kernel is told before a backend is waited for."""
         from .vhost_user.memory import GuestRam
 
-        ram = GuestRam(self.ram.fd, tuple(self.ranges))
+        ram, trace = GuestRam(self.ram.fd, tuple(self.ranges)), self._open_trace()
         for device in self._prepared:
             device.before_waiting = machine.await_kernel
-            frontend: Frontend = self._own(device.connect(ram, self.loop, self.config))
+            frontend: Frontend = self._own(device.connect(ram, self.loop, self.config, trace))
             self._frontends.append(frontend)
             frontend.start_watching()
+
+    def _open_trace(self) -> Trace | None:
+        if self.config.trace is None:
+            return None
+        from .tracing import OpenTrace
+
+        trace: Trace = self._own(OpenTrace(self.config.trace))
+        return trace
 
     def _listen(self, path: str) -> None:
         from .control import ControlSocket, describe

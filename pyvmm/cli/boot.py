@@ -51,6 +51,7 @@ COMMAND = Command(
         Option("--control", "SOCKET", "tell at SOCKET where the virtqueues are (see pyvmm rings)"),
         Option("--no-reboot", "", "end when the guest restarts, with status 0"),
         Option("--force", "", "allow devices fewer queues than their drivers need"),
+        Option("--trace", "vhost-user[=FILE][,format=json]", "show each message to and from backends"),
         Option("--verbose", "", "say more; twice: everything", short="-v"),
     ),
     examples=(
@@ -105,6 +106,7 @@ def machine(given: Arguments) -> config.VmConfig:
         on_backend_loss=config.loss_policy("--on-backend-loss", given.text("on_backend_loss", "reconnect")),
         reconnect_timeout=_patience(given),
         control=given.text("control"),
+        trace=config.trace(given.text("trace")),
         reboot=not given.count("no_reboot"),
     )
 

@@ -40,6 +40,7 @@ COMMAND = Command(
             "when a backend is lost: end with status 70 (default), go on without it, or restart it",
         ),
         Option("--accel", "auto|kvm|lab", "this host's KVM, or the emulated machine (default: what works)"),
+        Option("--trace", "vhost-user[=FILE][,format=json]", "show each message to and from backends"),
         Option("--verbose", "", "the kernel's log on standard error; twice: all there is to say", short="-v"),
     ),
     examples=(
@@ -90,6 +91,7 @@ def _values(given: Arguments) -> dict[str, Any]:
         "append": given.text("append"),
         "on_backend_loss": config.loss_policy("--on-backend-loss", given.text("on_backend_loss", "stop")),
         "timeout": config.seconds("--timeout", timeout) if timeout else 0,
+        "trace": config.trace(given.text("trace")),
         "verbose": bool(given.count("verbose")),
         "tty": terminal_size() if given.trailing else None,
         "env": tuple(f"{name}={value}" for name, value in os.environ.items()),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from .payloads import MemRegion, Payload
 
     Kind = TypeVar("Kind", bound=Payload)
+    Exchange = tuple[Payload, Message | None]
+    Converse = Callable[[str, Payload, Sequence[int]], Exchange]
+    Observe = Callable[[Converse, str, Payload, Sequence[int]], Exchange]
 
 
 class Refusal(BackendLost):
@@ -38,6 +41,7 @@ class Client:
         self.channel = channel
         self.deadline = deadline
         self.limit = inf  # when the whole of something must be done, monotonic
+        self.observe: Observe | None = None  # does what `_converse` does, and looks on
         self.negotiation = Negotiation()
         self.started = False  # the device runs, or may do so
         self.regions: tuple[MemRegion, ...] = ()  # what the backend has in its memory slots
@@ -54,9 +58,12 @@ class Client:
             message.close()
         return reply
 
-    def _exchange(
-        self, name: str, payload: Payload, fds: Sequence[int] = ()
-    ) -> tuple[Payload, Message | None]:
+    def _exchange(self, name: str, payload: Payload, fds: Sequence[int] = ()) -> Exchange:
+        if self.observe is None:
+            return self._converse(name, payload, fds)
+        return self.observe(self._converse, name, payload, fds)
+
+    def _converse(self, name: str, payload: Payload, fds: Sequence[int]) -> Exchange:
         requester = self._requester
         data = requester.request(name, payload, len(fds))
         due = min(monotonic() + self.deadline, self.limit)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .memory import GuestRam
     from .notices import Handler
     from .opening import Kind
+    from .trace import DeviceTrace
 
     Result = TypeVar("Result")
 
@@ -62,7 +63,7 @@ class Frontend:
     `patience` seconds, 0: for ever), the event loop ends with BackendLost (STOP), or the device is
     given up (FAIL).  `on_config_change`, `on_away`, `on_back` and `on_lost` are called in the thread of
     `loop`, once `start_watching` was; `on_config_refused` in the thread that accesses the configuration.
-    `greet` is called with each connection that was agreed on.
+    `trace` sees every message; `greet` is called with each connection that was agreed on.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Frontend:
         on_loss: str = FAIL,
         patience: float = 0.0,
         greet: Callable[[Client], object] | None = None,
+        trace: DeviceTrace | None = None,
     ) -> None:
         self._endpoint = endpoint(connect)
         self.name = name or f"{kind.name} at {self._endpoint.name}"
@@ -109,7 +111,8 @@ class Frontend:
         self._inflight = InflightBuffer(len(self.queue_sizes), max(self.queue_sizes))
         self._memory = MemoryTable(ram)
         self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)
-        self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline)
+        self._trace = trace
+        self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline, trace)
         self._handlers: dict[str, Handler] = {"CONFIG_CHANGE_MSG": self._note_config_change}
         agreed = self._open(self._link)
         self.shared_memory = agreed.shared_memory
@@ -314,7 +317,7 @@ class Frontend:
     # -- recovery ----------------------------------------------------------------------
     def _restore(self, sock: socket) -> None:
         """Make the device of a new connection, in a thread of its own; raises what is wrong with it."""
-        link = self._candidate = Link(sock, self._deadline)
+        link = self._candidate = Link(sock, self._deadline, self._trace)
         try:
             if self._closed:
                 raise BackendLost(self._lost)

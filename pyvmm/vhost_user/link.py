@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
     from ..loop import EventLoop
     from .notices import Handler
+    from .trace import DeviceTrace
 
 
 class Link:
     """`client` asks the backend; `notices`, once there, are what the backend asks."""
 
-    def __init__(self, sock: socket, deadline: float) -> None:
+    def __init__(self, sock: socket, deadline: float, trace: DeviceTrace | None = None) -> None:
         self.client = Client(Channel(sock), deadline)
+        self._trace = trace
+        if trace is not None:
+            self.client.observe = trace.exchange
         self.notices: Notices | None = None
         self.fault = ""
         # The connection is readable whenever a virtual CPU awaits a reply; only its end is of
@@ -39,6 +43,8 @@ class Link:
         self.client.open(choose)
         if self.client.negotiation.has(ProtocolFeature.BACKEND_REQ):
             self.notices = Notices(self.client.negotiation, handlers)
+            if self._trace is not None:
+                self.notices.observe = self._trace.notice
             self.notices.hand_over(self._send_backend_fd)
 
     def _send_backend_fd(self, fd: int) -> None:

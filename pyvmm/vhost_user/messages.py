@@ -35,7 +35,7 @@ from .payloads import (
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 VERSION = 1
 FLAG_REPLY = 1 << 2
@@ -85,12 +85,15 @@ P = ProtocolFeature
 PROTOCOL_FEATURES: dict[str, int] = {name: mask for name, mask in vars(P).items() if name.isupper()}
 
 
+def bit_names(features: int, masks: Mapping[str, int]) -> list[str]:
+    """The names of the bits set in `features`, lowest first; those without one as numbers."""
+    names = {mask: name for name, mask in masks.items()}
+    return [names.get(1 << bit, f"bit {bit}") for bit in range(64) if features >> bit & 1]
+
+
 def protocol_feature_names(features: int) -> str:
-    """The names of the bits set in `features`, for messages; unknown bits as numbers."""
-    names = [name for name, mask in PROTOCOL_FEATURES.items() if features & mask]
-    unknown = features & ~sum(PROTOCOL_FEATURES.values())
-    names += [f"bit {bit}" for bit in range(64) if unknown >> bit & 1]
-    return "|".join(names) or "none"
+    """The names of the bits set in `features`, for messages."""
+    return "|".join(bit_names(features, PROTOCOL_FEATURES)) or "none"
 
 
 class Request(Record):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .session import Negotiation
 
     Handler = Callable[[Message], int]
+    Observe = Callable[[Callable[[Message], int | None], Message], None]
 
 BUDGET = 64  # messages in one wake-up; the loop has other things to do
 NOT_SUPPORTED = 95  # EOPNOTSUPP, the status of a request that nobody handles
@@ -35,6 +36,7 @@ class Notices:
         self._channel, self._theirs = pair()
         self._responder = Responder(BACKEND_REQUESTS, negotiation, _close_fd)
         self._handlers = handlers
+        self.observe: Observe | None = None  # does what `_handle` does, and looks on
         self.ended = False
 
     def fileno(self) -> int:
@@ -61,9 +63,13 @@ class Notices:
                 return
             if message is None:
                 return
-            self._handle(message)
+            if self.observe is None:
+                self._handle(message)
+            else:
+                self.observe(self._handle, message)
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: Message) -> int | None:
+        """The status, if an ack was asked for."""
         self._responder.received(message)
         handler = self._handlers.get(message.request.name)
         try:
@@ -74,6 +80,7 @@ class Notices:
         if answer:
             # a peer that asks for acks and does not read them has filled the socket's buffer
             self._channel.send(answer, deadline=monotonic())
+        return status if answer else None
 
     def close(self) -> None:
         """Close both ends."""
