@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from fakes.backend import no_new_fds
 
-from pyvmm import log
+from pyvmm import config, devices, log
+from pyvmm.errors import ConfigError
 from pyvmm.loop import EventLoop
 from pyvmm.vhost_user import gpu
 from pyvmm.vhost_user.gpu import HEADER, REQUESTS, Screen
@@ -185,3 +186,9 @@ def test_a_backend_that_ends_is_no_fault(rig: Rig, monkeypatch: pytest.MonkeyPat
     rig.client.backend.shutdown(2)
     rig.turn()
     rig.turn()
+
+
+def test_only_a_gpu_has_a_display() -> None:
+    device = config.generic("device_type=net,socket=/nowhere,display=/tmp/x.png")
+    with pytest.raises(ConfigError, match="display=/tmp/x.png: only device_type=gpu has one"):
+        devices.prepare(device)
