@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import select
+import signal
 import time
 from pathlib import Path
 
@@ -206,6 +207,29 @@ def test_a_backend_that_does_not_stop_is_lost_and_the_guest_restarts(kernel, loo
 
         scenario(built, loop, steps)
     backend.close()
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_backend_that_was_killed_is_replaced(kernel, loop, pause):
+    """Before the guest restarts; the next driver gets a device that works, now or a little later."""
+    before = children()
+    with Vm(machine(kernel, SPIN, RNG), loop) as built:
+
+        def steps():
+            device = Entropy(built, 1, RINGS)
+            device.start()
+            assert device.ask()
+            (old,) = children() - before
+            os.kill(old, signal.SIGKILL)
+            time.sleep(pause)
+            restart(built)
+            device = Entropy(built, 1, MORE_RINGS)
+            device.start()
+            assert device.ask(LIMIT)
+            assert children() - before - {old}
+
+        scenario(built, loop, steps)
+    assert children() == before
 
 
 def test_a_backend_may_want_an_answer_before_it_stops(kernel, loop):
