@@ -10,6 +10,7 @@ In one file because it is one table, and the deeds in it are short.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -36,7 +37,8 @@ from pyvmm.pci import config as pci
 from pyvmm.vhost_user.codec import encode_ack, encode_request
 from pyvmm.vhost_user.messages import BACKEND_REQUESTS, HEADER, Request
 from pyvmm.vhost_user.messages import ProtocolFeature as P
-from pyvmm.vhost_user.payloads import Config, Empty, VringState
+from pyvmm.vhost_user.payloads import U64, Config, Empty, Inflight, Mmap, VringState
+from pyvmm.vhost_user.shared_memory import MAX_MAPPINGS
 from pyvmm.virtio import spec
 from pyvmm.vm import Vm
 
@@ -195,6 +197,55 @@ def floods(need_reply: bool) -> Deed:
     return deed
 
 
+def buffer(size: int, offset: int = 0, files: Callable[[], list[int]] = lambda: []) -> fake.Action:
+    """An answer to GET_INFLIGHT_FD."""
+
+    def action(backend: FakeBackend, message: fake.Message) -> bytes:
+        backend.responder.answering = None
+        found = files()
+        backend.fds += found
+        data = HEADER.pack(message.request.id, 5, 24) + Inflight(size, offset, 3, 8).encode()
+        backend.channel.send(data, found, time.monotonic() + 5)
+        return b""
+
+    return action
+
+
+def some_file(size: int = 0x1000) -> list[int]:
+    fd = os.memfd_create("file")
+    os.ftruncate(fd, size)
+    return [fd]
+
+
+def pipe() -> list[int]:
+    return list(os.pipe())
+
+
+def maps(
+    status: int, fields: Mmap, files: Callable[[], list[int]] = some_file, name: str = "SHMEM_MAP"
+) -> Deed:
+    """A request about shared memory, and how it is answered."""
+
+    def deed(stage: Stage) -> None:
+        stage.backend.fds += (found := files())
+        assert stage.backend.status_of(name, fields, found[:1]) == status
+
+    return deed
+
+
+def maps_and_cuts(stage: Stage) -> None:
+    """What was mapped is gone; nobody of ours touches it."""
+    maps(0, Mmap(0, 0, 0, 0x1000, 1))(stage)
+    os.ftruncate(stage.backend.fds[-1], 0)
+
+
+def maps_until_it_is_too_much(stage: Stage) -> None:
+    for page in range(MAX_MAPPINGS):
+        maps(0, Mmap(0, 0, 0x2000 * page, 0x1000, 0))(stage)
+        os.close(stage.backend.fds.pop())
+    maps(errno.ENOSPC, Mmap(0, 0, 0x2000 * MAX_MAPPINGS, 0x1000, 0))(stage)
+
+
 def memory(stage: Stage) -> int:
     """The descriptor of guest memory that the backend got."""
     return next(fd for fd in stage.backend.fds if "memfd" in os.readlink(f"/proc/self/fd/{fd}"))
@@ -303,6 +354,8 @@ ANSWERS: dict[str, tuple[fake.Action, str, dict[str, Any]]] = {
     "noise": (fake.noise, "flags 0x312e312f", {}),
 }
 
+QUIET, SLOTS = fake.PROTOCOL & ~P.REPLY_ACK, fake.PROTOCOL | P.CONFIGURE_MEM_SLOTS | P.STATUS
+SHARING = {"protocol": fake.PROTOCOL | P.SHMEM, "shared_memory": {0: 1 << 24, 3: 0x1000}}
 OPENING = {
     **{f"GET_FEATURES: {what}": Case(told, {"GET_FEATURES": act}, None, {}, **more)
        for what, (act, told, more) in ANSWERS.items()},
@@ -312,6 +365,14 @@ OPENING = {
     "an answer to SET_OWNER": Case("reply to SET_OWNER where", {"SET_OWNER": unasked}),
     "SET_BACKEND_REQ_FD is refused": Case("refused SET_BACKEND_REQ_FD",
                                           {"SET_BACKEND_REQ_FD": fake.status(1)}),
+    "no memory slots": Case("guest RAM has 1 pieces, and the backend takes 0",
+                            options={"protocol": SLOTS, "slots": 0}),
+    **{f"shared memory {what}": Case(told, options={**SHARING, "shared_memory": sizes})
+       for what, told, sizes in (
+        ("of 2**63 bytes", "bytes of shared memory", {0: 1 << 63}),
+        ("of 256 regions of 2**63 bytes", "bytes of shared memory", dict.fromkeys(range(256), 1 << 63)),
+        ("of 5 regions", "5 shared memory regions", dict.fromkeys(range(5), 0x1000)),
+        ("of half a page", "no whole pages", {0: 0x800}))},
     "no queues": Case("3 queues, but the backend has 0", options={"queues": 0}),
     "too few queues": Case("3 queues, but the backend has 2", options={"queues": 2}),
     "configuration of another length": Case("GET_CONFIG of 8 bytes was answered with 300",
@@ -322,7 +383,6 @@ OPENING = {
 
 SETTING_UP = ("SET_FEATURES", "SET_MEM_TABLE", "SET_VRING_NUM", "SET_VRING_BASE", "SET_VRING_ADDR")
 SETTING_UP += ("SET_VRING_CALL", "SET_VRING_KICK", "SET_VRING_ENABLE")
-QUIET = fake.PROTOCOL & ~P.REPLY_ACK
 STARTING = {
     **{f"death at {name}": Case(ENDED, {name: fake.hang_up}) for name in SETTING_UP},
     **{f"{name} is refused": Case(f"refused {name}", {name: fake.status(1)}) for name in SETTING_UP},
@@ -331,6 +391,25 @@ STARTING = {
     "an ack too many": Case("reply to SET_FEATURES where", {"SET_FEATURES": fake.twice}),
     "acks that nobody asked for": Case("reply to SET_FEATURES where", {"SET_FEATURES": unasked}, None,
                                        {"protocol": QUIET}),
+    "features are not accepted": Case("refuses the driver's features", {"GET_STATUS": fake.reply(U64(3))},
+                                      None, {"protocol": SLOTS}),
+    "a status is refused": Case("refused SET_STATUS", {("SET_STATUS", 1): fake.status(1)}, None,
+                                {"protocol": SLOTS}),
+    **{f"death at {name}": Case(ENDED, {name: fake.hang_up}, None, {"protocol": SLOTS})
+       for name in ("GET_STATUS", "GET_INFLIGHT_FD", "SET_INFLIGHT_FD", "ADD_MEM_REG")},
+    "ADD_MEM_REG is refused": Case("refused ADD_MEM_REG", {"ADD_MEM_REG": fake.status(1)}, None,
+                                   {"protocol": SLOTS}),
+    **{f"an in-flight buffer {what}": Case(told, {"GET_INFLIGHT_FD": act}) for what, told, act in (
+        ("of 2**64 - 1 bytes", "has 18446744073709551615 bytes", buffer((1 << 64) - 1, 0, some_file)),
+        ("of 1 TiB", "has 1099511627776 bytes", buffer(1 << 40, 0, some_file)),
+        ("of no bytes", "has 0 bytes", buffer(0, 0, some_file)),
+        ("beyond its file", "beyond its file of 4096 bytes", buffer(0x1001, 0, some_file)),
+        ("that wraps around", "beyond its file", buffer(0x1000, (1 << 64) - 0x800, some_file)),
+        ("without a file", "has no descriptor", buffer(0x1000)),
+        ("in a device", "is no file", buffer(0x1000, 0, lambda: [os.open("/dev/zero", os.O_RDWR)])),
+        ("in a folder", "is no file", buffer(0x1000, 0, lambda: [os.open("/", os.O_RDONLY)])),
+        ("in a socket", "is no file", buffer(0x1000, 0, lambda: [os.eventfd(0)])),
+        ("in two files", "2 descriptors where 0 to 1 belong", buffer(0x1000, 0, pipe)))},
     "descriptors with an ack": Case("2 descriptors where 0 belong", {"SET_VRING_KICK": fake.with_fds(2)}),
 }  # fmt: skip
 
@@ -374,6 +453,28 @@ RUNNING = {
        for name, fds in (("SHMEM_MAP", 1), ("SHMEM_UNMAP", 0), ("VRING_CALL", 0), ("SHARED_OBJECT_ADD", 0),
                          ("VRING_HOST_NOTIFIER_MSG", 1))},
     "an address translation": Case("IOTLB_MSG before", deed=notice(request("IOTLB_MSG"))),
+    # shared memory regions
+    **{f"a mapping {what}": Case("", {}, maps(status, *more), SHARING) for what, status, *more in (
+        ("in a region that is not there", errno.EINVAL, Mmap(1, 0, 0, 0x1000, 0)),
+        ("in region 255", errno.EINVAL, Mmap(255, 0, 0, 0x1000, 0)),
+        ("beyond its region", errno.EINVAL, Mmap(3, 0, 0x1000, 0x1000, 0)),
+        ("across the end of its region", errno.EINVAL, Mmap(3, 0, 0, 0x2000, 0), lambda: some_file(0x2000)),
+        ("at the end of addresses", errno.EINVAL, Mmap(0, 0, (1 << 64) - 0x1000, 0x1000, 0)),
+        ("that wraps around", errno.EINVAL, Mmap(0, 0, 0x1000, (1 << 64) - 0x1000, 0)),
+        ("of nothing", errno.EINVAL, Mmap(0, 0, 0, 0, 0)),
+        ("of half a page", errno.EINVAL, Mmap(0, 0, 0, 0x800, 0)),
+        ("at half a page", errno.EINVAL, Mmap(0, 0, 0x800, 0x1000, 0)),
+        ("beyond its file", errno.EINVAL, Mmap(0, 0x1000, 0, 0x1000, 0)),
+        ("from the end of numbers", errno.EINVAL, Mmap(0, (1 << 64) - 0x1000, 0, 0x1000, 0)),
+        ("with strange flags", errno.EINVAL, Mmap(0, 0, 0, 0x1000, 0xFFFE)),
+        ("of a pipe", errno.ENODEV, Mmap(0, 0, 0, 0x1000, 0), pipe),
+        ("that cannot be written", errno.EACCES, Mmap(0, 0, 0, 0x1000, 1),
+         lambda: [os.open(__file__, os.O_RDONLY)]))},
+    "something is unmapped that is not": Case("", {}, maps(errno.EINVAL, Mmap(0, 0, 0, 0x1000, 0),
+                                                          list, "SHMEM_UNMAP"), SHARING),
+    "a mapping without a file": Case("0 descriptors where 1", {}, notice(request("SHMEM_MAP")), SHARING),
+    "a mapping loses its memory": Case("", {}, maps_and_cuts, SHARING),
+    "more mappings than there can be": Case("", {}, maps_until_it_is_too_much, SHARING),
     # what it was given
     "it closes all it got": Case("", deed=closes_what_it_got),
     "memory is truncated": Case("", deed=refused(lambda fd: os.ftruncate(fd, 0))),
