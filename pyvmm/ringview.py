@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .layout import RamRange
 from .record import Record
+from .virtio.spec import F_RING_PACKED
 
 DESCRIPTOR = np.dtype([("addr", "<u8"), ("len", "<u4"), ("flags", "<u2"), ("next", "<u2")])
 USED_ELEMENT = np.dtype([("id", "<u4"), ("len", "<u4")])
@@ -141,8 +142,16 @@ class LiveQueue:
 
 
 def live_queues(machine: Mapping[str, Any], ram_fd: int) -> list[LiveQueue]:
-    """The running queues of a machine whose memory is `ram_fd`."""
+    """The running queues of a machine whose memory is `ram_fd`, but for packed ones (see `packed`)."""
     view = GuestView(ram_fd, [RamRange(*piece) for piece in machine["ram"]])
     return [
-        LiveQueue(view, device["name"], queue) for device in machine["devices"] for queue in device["queues"]
+        LiveQueue(view, device["name"], queue)
+        for device in machine["devices"]
+        if not device["features"] & F_RING_PACKED
+        for queue in device["queues"]
     ]
+
+
+def packed(machine: Mapping[str, Any]) -> list[str]:
+    """The devices whose rings are packed: memory does not tell how far those are."""
+    return [device["name"] for device in machine["devices"] if device["features"] & F_RING_PACKED]

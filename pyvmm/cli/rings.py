@@ -37,7 +37,7 @@ COMMAND = Command(
 
 def main(argv: Sequence[str]) -> int:
     """Look twice and print what was found."""
-    from .. import config
+    from .. import config, log
     from ..errors import ConfigError
 
     given = parse(COMMAND, argv)
@@ -46,10 +46,13 @@ def main(argv: Sequence[str]) -> int:
             "SOCKET is missing: name the --control socket of a machine (see pyvmm rings --help)"
         )
     from ..control import ask
-    from ..ringview import BROKEN, STUCK
+    from ..ringview import BROKEN, STUCK, packed
 
     seconds = config.seconds("--seconds", given.text("seconds", "1"))
-    rows = look(*ask(given.words[0]), seconds)
+    machine, ram_fd = ask(given.words[0])
+    for name in packed(machine):
+        log.warn(f"{name}: its rings are packed, and memory does not tell how far those are; not shown")
+    rows = look(machine, ram_fd, seconds)
     sys.stdout.write(as_json(rows) if given.count("json") else as_table(rows, given.count("descriptors") > 0))
     return 1 if any(row["state"] in (STUCK, BROKEN) for row in rows) else 0
 

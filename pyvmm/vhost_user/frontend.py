@@ -93,8 +93,7 @@ class Frontend:
         self.on_lost: Callable[[str], None] = _nothing
         self.on_away: Callable[[], None] = _nothing
         self.on_back: Callable[[], None] = _nothing
-        self._loop = loop
-        self._deadline = deadline
+        self._loop, self._deadline = loop, deadline
         self._lock = Lock()
         self._lost = ""
         self._on_loss = on_loss
@@ -106,7 +105,8 @@ class Frontend:
         self._config_changed = False
         self._wanted: Wanted | None = None
         self._running: tuple[tuple[QueueSetup, int], ...] = ()  # and where each ring began
-        self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges))
+        packed = on_loss != RECONNECT  # nobody has to go on with them
+        self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges), packed)
         self._opening.greet = greet or _nothing
         self._inflight = InflightBuffer(len(self.queue_sizes), max(self.queue_sizes))
         self._memory = MemoryTable(ram)
@@ -172,7 +172,7 @@ class Frontend:
     def _start(self, link: Link) -> None:
         self._stop(link)
         if self._wanted is not None:
-            self._run(link, self._wanted, [0] * len(self._wanted.queues))
+            self._run(link, self._wanted, self._wanted.first_bases)
 
     def _run(self, link: Link, wanted: Wanted, bases: list[int]) -> None:
         rings.start(link.client, self._memory, wanted, bases, self._inflight)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from .. import log
 from ..errors import ConfigError
 from ..record import Record
+from ..virtio import spec
 from .config_space import BackendConfig, LocalConfig
 from .messages import BASELINE_REGIONS, ProtocolFeature
 
@@ -45,8 +46,8 @@ def _bits(*numbers: int) -> int:
 
 # Feature bits that may reach the guest: the device's own, and of the transport's those that need
 # nothing from us: INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER, ORDER_PLATFORM, NOTIFICATION_DATA.
-# Not among them: LOG_ALL (26) and PROTOCOL_FEATURES (30), which are vhost's; ACCESS_PLATFORM (33),
-# RING_PACKED (34) and RING_RESET (40), which want more of a frontend than there is.
+# Not among them: LOG_ALL (26) and PROTOCOL_FEATURES (30), which are vhost's; ACCESS_PLATFORM (33) and
+# RING_RESET (40), which want more of a frontend than there is; RING_PACKED (34): see `Opening`.
 GUEST_FEATURES = _bits(*range(24), 28, 29, 32, 35, 36, 38, *range(50, 64))
 VERSION_1 = 1 << 32
 
@@ -83,7 +84,8 @@ class Opening:
 
     `config` is a configuration space to use instead of the backend's, `pieces` is how many guest RAM
     has.  Raises ConfigError for queues that no device of this kind can have; `force` allows fewer
-    than its drivers can do with.
+    than its drivers can do with.  `packed` allows packed rings: memory does not tell where a lost
+    backend stopped in those, so they are not for devices that are to go on with another.
     """
 
     def __init__(
@@ -94,12 +96,14 @@ class Opening:
         config: bytes | None,
         force: bool,
         pieces: int,
+        packed: bool,
     ) -> None:
         self.name = name
         self._kind = kind
         self._queues = len(queue_sizes)
         self._override = config
         self._pieces = pieces
+        self._allowed = GUEST_FEATURES | (spec.F_RING_PACKED if packed else 0)
         self._warned = False
         self.greet: Callable[[Client], object] = lambda _: None  # what else a new backend is told
         self._check_queues(queue_sizes, force)
@@ -125,7 +129,7 @@ class Opening:
         offered = link.client.negotiation.virtio_offered or 0
         self._check_limit(link.client.queue_limit())
         self._check_slots(link.client.slot_limit())
-        features = offered & GUEST_FEATURES & ~self._kind.impossible_features(self._queues)
+        features = offered & self._allowed & ~self._kind.impossible_features(self._queues)
         agreed = Agreed(features, self._find_config(link), self._find_memory(link))
         self.greet(link.client)
         if not self._warned:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # What QEMU tells backends of the driver's progress; a driver that is not there yet is not shown.
 AGREED = spec.ACKNOWLEDGE | spec.DRIVER | spec.FEATURES_OK
 RUNNING = AGREED | spec.DRIVER_OK
+PACKED_BASE = 0x8000_8000  # both indices are 0, both wrap counters 1 (virtio 1.3, 2.8.1)
 
 
 class Wanted(Record):
@@ -34,6 +35,16 @@ class Wanted(Record):
 
     features: int
     queues: tuple[QueueSetup, ...]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rings are packed; else they are split."""
+        return bool(self.features & spec.F_RING_PACKED)
+
+    @property
+    def first_bases(self) -> list[int]:
+        """Where each ring of a device begins that was reset."""
+        return [PACKED_BASE if self.packed else 0] * len(self.queues)
 
     def with_call(self, index: int, fd: int | None) -> Wanted:
         """The same with the interrupts of queue `index` going to `fd`."""
@@ -43,7 +54,7 @@ class Wanted(Record):
 def start(
     client: Client, memory: MemoryTable, wanted: Wanted, bases: Sequence[int], inflight: InflightBuffer
 ) -> None:
-    """Start every ring of `wanted`, each at its available index in `bases`.
+    """Start every ring of `wanted`, each at its base in `bases`: of split rings the available index.
 
     Returns when the backend has carried out everything.
     """
@@ -56,7 +67,8 @@ def start(
     _share_memory(client, memory)
     for queue in wanted.queues:  # all sizes first: SPDK wants to know how many queues there are
         call("SET_VRING_NUM", VringState(queue.index, queue.size))
-    inflight.share(client)
+    if not wanted.packed:  # nobody goes on with those after a loss
+        inflight.share(client)
     for queue, base in zip(wanted.queues, bases, strict=True):
         _start_ring(client, memory, queue, base)
     if protocol:

@@ -150,8 +150,9 @@ class VirtioDevice:
 
     def _activate(self) -> None:
         enabled = [queue for queue in self.queues if queue.enabled]
+        packed = bool(self.driver_features & spec.F_RING_PACKED)
         for queue in enabled:
-            fault = queue.fault(self._ram)
+            fault = queue.fault(self._ram, packed)
             if fault is not None:
                 self.fail(f"queue {queue.index} cannot be used: {fault}")
                 return

@@ -54,18 +54,26 @@ class Queue:
         fits = 0 < size <= self.max_size and not size & (size - 1)
         self.size = size if fits else 0
 
-    def fault(self, ram: Sequence[RamRange]) -> str | None:
-        """What makes the queue unusable, in words, or None.
+    def fault(self, ram: Sequence[RamRange], packed: bool = False) -> str | None:
+        """What makes the queue, split or `packed`, unusable, in words, or None.
 
         Backends map guest RAM and follow these addresses, and some drop the connection over a
         misaligned one, so nothing wrong may reach them.
         """
         if not self.size:
             return "its size is not a power of two within the limit"
-        for name, address, align, length in (
-            ("descriptor area", self.desc, spec.DESC_ALIGN, spec.desc_bytes(self.size)),
-            ("driver area", self.avail, spec.AVAIL_ALIGN, spec.avail_bytes(self.size)),
-            ("device area", self.used, spec.USED_ALIGN, spec.used_bytes(self.size)),
+        driver, device = (
+            ((spec.EVENT_ALIGN, spec.EVENT_BYTES), (spec.EVENT_ALIGN, spec.EVENT_BYTES))
+            if packed
+            else (
+                (spec.AVAIL_ALIGN, spec.avail_bytes(self.size)),
+                (spec.USED_ALIGN, spec.used_bytes(self.size)),
+            )
+        )
+        for name, address, (align, length) in (
+            ("descriptor area", self.desc, (spec.DESC_ALIGN, spec.desc_bytes(self.size))),
+            ("driver area", self.avail, driver),
+            ("device area", self.used, device),
         ):
             if address % align:
                 return f"its {name} at {address:#x} is not aligned to {align} bytes"

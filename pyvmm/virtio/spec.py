@@ -44,6 +44,10 @@ def used_bytes(size: int) -> int:
     return 6 + 8 * size
 
 
+# Packed virtqueues (2.8): the descriptor area is as above, the others are event suppression structures
+EVENT_ALIGN = EVENT_BYTES = 4
+
+
 # Virtio over PCI (4.1)
 PCI_VENDOR_ID = 0x1AF4
 PCI_DEVICE_BASE = 0x1040

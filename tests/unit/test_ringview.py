@@ -143,8 +143,12 @@ def test_live_queues(ram: Ram) -> None:
     queue = {"index": 1, "size": SIZE, "desc": DESC, "avail": AVAIL, "used": USED}
     machine = {
         "ram": [[0, 0x8000, 0]],
-        "devices": [{"name": "a disk", "queues": [queue]}],
+        "devices": [
+            {"name": "a disk", "features": 1 << 32, "queues": [queue]},
+            {"name": "a network", "features": 1 << 32 | 1 << 34, "queues": [queue]},
+        ],
     }
+    assert rings.packed(machine) == ["a network"]
     ram.give(2)
     (found,) = rings.live_queues(machine, ram.fd)
     assert (found.device, found.index, found.ring.in_flight()) == ("a disk", 1, [2])

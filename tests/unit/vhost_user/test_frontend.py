@@ -135,7 +135,17 @@ def test_opening_order(bench: Bench) -> None:
 def test_which_features_reach_the_guest(bench: Bench, bit: int) -> None:
     backend = bench.backend(virtio=1 << bit | F_PROTOCOL_FEATURES | 1 << 32)
     shown = bit <= 23 or bit >= 50 or bit in (28, 29, 32, 35, 36, 38)
-    assert bool(bench.frontend(backend).features >> bit & 1) == shown
+    assert bool(bench.frontend(backend, on_loss="reconnect").features >> bit & 1) == shown
+
+
+@pytest.mark.parametrize(("on_loss", "shown"), [("reconnect", False), ("stop", True), ("fail", True)])
+def test_packed_rings_are_for_devices_that_go_on_with_no_other_backend(
+    bench: Bench, on_loss: str, shown: bool
+) -> None:
+    """Memory does not tell where a lost backend stopped in a packed ring."""
+    offered = 1 << 34 | 1 << 32 | F_PROTOCOL_FEATURES
+    assert bool(bench.frontend(bench.backend(virtio=offered), on_loss=on_loss).features >> 34 & 1) == shown
+    assert not bench.frontend(bench.backend(), on_loss=on_loss).features >> 34 & 1
 
 
 def test_a_backend_without_protocol_features(bench: Bench) -> None:

@@ -15,7 +15,7 @@ from pyvmm.layout import RamRange
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.memory import USER_BASE, GuestRam, MemoryTable
 from pyvmm.vhost_user.messages import ProtocolFeature as P
-from pyvmm.vhost_user.payloads import U64, SingleRegion
+from pyvmm.vhost_user.payloads import U64, SingleRegion, VringAddr, VringState
 from pyvmm.vhost_user.rings import _share_memory
 from pyvmm.virtio.queue import QueueSetup
 
@@ -205,3 +205,21 @@ def test_only_what_changed_is_told(pair: Pair) -> None:
     add, remove = "ADD_MEM_REG", "REM_MEM_REG"
     assert told == [(add, 0), (add, 1), (remove, 0), (add, 2), (remove, 1), (remove, 2), (add, 0)]
     assert backend.error is None
+
+
+# -- packed rings ------------------------------------------------------------------------
+
+
+def test_packed_rings_begin_with_both_wrap_counters_set(pair: Pair) -> None:
+    packed = 1 << 34
+    backend = pair.open(P.REPLY_ACK | P.INFLIGHT_SHMFD, virtio=fake.VIRTIO | packed)
+    assert pair.frontend is not None
+    queue = QueueSetup(0, 64, 0x1000, 0x2000, 0x3000, *pair.eventfds)
+    for features, base in ((V1 | packed, 0x8000_8000), (V1, 0), (V1 | packed, 0x8000_8000)):
+        pair.frontend.activate(features, [queue])
+        sent = {name: payload for name, payload, _ in backend.seen}
+        assert sent["SET_VRING_BASE"] == VringState(0, base)
+        desc, driver, device = (USER_BASE + at for at in (queue.desc, queue.avail, queue.used))
+        assert sent["SET_VRING_ADDR"] == VringAddr(0, 0, desc, device, driver, 0)
+        assert ("SET_INFLIGHT_FD" in sent) == (base == 0)
+        pair.reset()

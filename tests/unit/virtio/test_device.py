@@ -290,6 +290,24 @@ class TestQueue:
         assert re.search(text, fault)
 
     @pytest.mark.parametrize(
+        ("fields", "text"),
+        [
+            ({}, None),
+            ({"desc": 3 * GIB - 4096, "avail": 3 * GIB - 4, "used": 5 * GIB - 4}, None),
+            ({"desc": 0x1008}, "descriptor area at 0x1008 is not aligned to 16"),
+            ({"desc": 3 * GIB - 4096 + 16}, "descriptor area"),
+            ({"avail": 0x2002}, "driver area at 0x2002 is not aligned to 4"),
+            ({"avail": 3 * GIB}, "driver area"),
+            ({"used": 0x3002}, "device area at 0x3002 is not aligned to 4"),
+            ({"used": 5 * GIB}, "device area"),
+            ({"size": 0}, "power of two"),
+        ],
+    )
+    def test_packed(self, fields, text):
+        fault = self.queue(**fields).fault(RAM, packed=True)
+        assert fault is None if text is None else fault is not None and text in fault
+
+    @pytest.mark.parametrize(
         "fields",
         [{"desc": 3 * GIB - 4096}, {"avail": 3 * GIB - 518}, {"used": 5 * GIB - 2056}, {"desc": 4 * GIB}],
     )
