@@ -10,7 +10,9 @@ import threading
 import time
 
 from fakes.driver import ConfigAccess, VirtioDriver
+from fakes.program import LIMIT
 
+from pyvmm import layout
 from pyvmm.virtio import spec
 from pyvmm.vm import STOPPED
 
@@ -68,3 +70,18 @@ def scenario(built, loop, steps):
     if failures:
         raise failures[0]
     assert outcome.kind == STOPPED
+
+
+def restart(built):
+    """What a guest does, on a machine that spins; returns when the next one runs."""
+    eventually(lambda: built._born)  # its first one runs
+    born = built._born
+    built.board.pio.write(layout.PORT_RESET, 1, 1)
+    eventually(lambda: built._born != born)
+
+
+def eventually(test):
+    due = time.monotonic() + LIMIT
+    while not test():
+        assert time.monotonic() < due
+        time.sleep(0.002)

@@ -21,7 +21,7 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 from fakes import backend as fake
 from fakes import program
 from fakes.backend import FakeBackend, _open_fds, no_new_fds
-from fakes.entropy import Entropy, scenario
+from fakes.entropy import Entropy, eventually, restart, scenario
 from fakes.program import LIMIT, POWER_OFF, RESTART, SPIN, Program, children, pvh_elf
 
 from pyvmm import config as cfg
@@ -125,21 +125,6 @@ def test_memory_stays_the_same_file(kernel, loop, prefault):
             assert blocks >= 32 << 20 if prefault else blocks < 4 << 20
 
         scenario(built, loop, steps)
-
-
-def restart(built):
-    """What a guest does, on a machine that spins; returns when the next one runs."""
-    eventually(lambda: built._born)  # its first one runs
-    born = built._born
-    built.board.pio.write(layout.PORT_RESET, 1, 1)
-    eventually(lambda: built._born != born)
-
-
-def eventually(test):
-    due = time.monotonic() + LIMIT
-    while not test():
-        assert time.monotonic() < due
-        time.sleep(0.002)
 
 
 def test_backends_stay(kernel, loop):

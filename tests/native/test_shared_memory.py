@@ -14,6 +14,7 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 
 from fakes.backend import FakeBackend, no_new_fds
 from fakes.driver import ConfigAccess, VirtioDriver
+from fakes.entropy import restart
 from fakes.program import LIMIT, pvh_elf
 
 from pyvmm import config as cfg
@@ -187,6 +188,22 @@ def test_a_reset_takes_mappings_away(watch):
         assert peek.sees() == 0
         assert peek.map() == 0
         assert peek.sees() == DATA
+
+    watch(steps)
+
+
+def test_a_guest_that_restarts_finds_nothing_mapped(watch):
+    """The device is in a new machine then, in which the backend can map again."""
+
+    def steps(peek):
+        peek.built.config = peek.built.config.replace(reboot=True)
+        assert peek.map() == 0 and peek.sees() == DATA
+        restart(peek.built)
+        peek.driver = VirtioDriver(peek.built.board.mmio, ConfigAccess(peek.built.board.mmio, 1))
+        peek.driver.probe()
+        peek.place(PLACE)
+        assert peek.sees() == 0
+        assert peek.map() == 0 and peek.sees() == DATA
 
     watch(steps)
 
