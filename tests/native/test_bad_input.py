@@ -265,7 +265,7 @@ OPTIONS = [
     ("type-huge", f"-k {GENERIC} socket=s,virtio_id=" + "9" * 5000, r"--generic-vhost-user: device type"),
     ("type-iommu", f"-k {GENERIC} socket=s,virtio_id=iommu", r"iommu is impossible: "),
     ("type-none", f"-k {GENERIC} socket=s", r"device_type= is missing"),
-    ("socket-none", f"-k {GENERIC} device_type=fs", r"exactly one of socket= and fd= is needed"),
+    ("socket-none", f"-k {GENERIC} device_type=fs", r"exactly one of socket=, fd= and exec= is needed"),
     ("key-near", f"-k {GENERIC} soket=s,device_type=fs", r"unknown key 'soket'; did you mean 'socket'"),
     ("quote", f'-k {GENERIC} socket="s,device_type=fs', r"quote is not closed"),
     ("bracket", f"-k {GENERIC} socket=s,device_type=fs,queue_sizes=[1", r"bracket is not closed"),
@@ -432,7 +432,7 @@ ELSEWHERE = [
 def test_other_users_and_hosts(open_folder, row):
     _, under, line, message, *make = row
     if under and not usable(under):
-        pytest.skip(f"{under[0]} cannot be used here")
+        pytest.skip(f"{under[0]} is not permitted here; run as root with CAP_SYS_ADMIN and CAP_MKNOD")
     words = line.replace("-k ", "boot --kernel vmlinux --console off ").split()
     refuses(open_folder, make[0] if make else None, words, message, under=under)
 

@@ -61,13 +61,13 @@ def test_a_queue_at_work_and_stuck(machine, capsys):
         assert entropy.ask()
         assert rings.main([path, "--seconds", "0.01"]) == 0
         assert capsys.readouterr().out.splitlines()[1].split() == ["rng", "0", "8", "1", "1", "idle"]
-        (backend,) = vm._prepared
-        os.kill(backend._backend.pid, signal.SIGSTOP)
+        backend = vm._prepared[0]._backend.process
+        os.kill(backend.pid, signal.SIGSTOP)
         try:
             assert not entropy.ask(0.05)
             assert rings.main([path, "--seconds", "0.1", "--descriptors"]) == 1
         finally:
-            os.kill(backend._backend.pid, signal.SIGCONT)
+            os.kill(backend.pid, signal.SIGCONT)
         lines = capsys.readouterr().out.splitlines()
         assert lines[1].split() == ["rng", "0", "8", "2", "1", "stuck", "0"]
         assert lines[2] == "    head 0: 0x300000, 64 bytes, device writes"
