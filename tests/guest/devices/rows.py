@@ -82,18 +82,13 @@ ROWS = (
     Row(
         "console", "console", "talk", "console",
         ("vhost-device-console", "--socket-path={sock}", "--backend=network", "--tcp-port=12345"),
-        "device_type=console,queue_sizes=[128,128,128,128]", suffix="0", args={"bytes": 20_000},
+        "device_type=console,queue_sizes=[128,128,128,128]", suffix="0", args={"bytes": 20_000, "keys": 100},
     ),
     Row(
         "ports", "console", "talk", "ports",
         ("{python}", "-P", "-m", "pyvmm.backend.console", "--socket-path={sock}",
          "--port", "name=first,to=socket={dir}/first", "--port", "name=second,to=socket={dir}/second"),
         "device_type=console,queue_sizes=[128,128,128,128,128,128]", args={"bytes": MIB},
-    ),
-    Row(
-        "vsock", "vsock", "talk", "vsock",
-        ("vhost-device-vsock", "--vm", "guest-cid=4,uds-path={dir}/host,socket={sock}"),
-        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 100},
     ),
     Row(
         "sound", "sound", "talk", "sound",
@@ -104,6 +99,42 @@ ROWS = (
         "echo", "63", "talk", "echo",
         ("{python}", "-P", "-m", "pyvmm.backend.echo", "--socket-path={sock}"),
         "device_type=63,queue_sizes=[256]", args={"rounds": 200}, expect={"echoed": 200},
+    ),
+    Row(
+        "i2c", "i2c", "input", "i2c",
+        ("vhost-device-i2c", "--socket-path={sock}", "--device-list=stand-in:32"),
+        "device_type=i2c,queue_sizes=[1024]", suffix="0",
+        env=(("LD_PRELOAD", "{dir}/adapter.so"), ("I2C_ROOT", "{dir}")),
+    ),
+    Row(
+        "input", "input", "input", "keyboard",
+        ("vhost-device-input", "--socket-path={sock}", "--event-list={dir}/event"),
+        "device_type=input,queue_sizes=[64,64]", suffix="0",
+        args={"keyboard": "pyvmm test keyboard", "keys": 8},
+        modules=("uhid", "hid-generic", "evdev"),
+    ),
+    Row(
+        "vsock", "vsock", "vsock", "vsock",
+        ("vhost-device-vsock", "--vm", "guest-cid=4,uds-path={dir}/host,socket={sock}"),
+        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 100},
+    ),
+    Row(
+        "net", "net", "net", "net",
+        ("dpdk-testpmd", "--no-huge", "-m", "128", "--no-pci", "--file-prefix=pyvmm", "-l", "0,1",
+         "--vdev=net_vhost0,iface={sock},queues=1", "--vdev=net_tap0,iface=dtap0",
+         "--", "--auto-start", "--forward-mode=io", "--total-num-mbufs=4096"),
+        "device_type=net,queue_sizes=[256,256]", args={"megabytes": 16}, expect={"ping": 0}, modules=("tun",),
+    ),
+    Row(
+        "gpu-qemu", "gpu", "gpu", "gpu",
+        ("/usr/lib/qemu/vhost-user-gpu", "--socket-path={sock}"),
+        "device_type=gpu,queue_sizes=[256,16],config=[num_scanouts=1],display={dir}/screen.png",
+        args={"size": [1024, 768], "card": 0},
+    ),
+    Row(
+        "gpu-null", "gpu", "gpu", "frame",
+        ("vhost-device-gpu", "--socket-path={sock}", "--gpu-mode=null"),
+        "device_type=gpu,queue_sizes=[256,16]", args={"card": 1}, expect={"frame": True},
     ),
     Row(
         "blk-flush", "block", "talk", "flush",
