@@ -13,7 +13,8 @@ import signal
 import pytest
 
 # What a test machine may lack: the one in Rust is in no Debian release that has QEMU's own, and some
-# hosts' KVM emulates the guest's kernel mode, incompletely.
+# hosts' KVM emulates the guest's kernel mode, incompletely.  Not root and its privileges: without mount
+# namespaces and other users, what protects the host would go untested.
 EXPECTED_SKIPS = (
     "the rust virtiofsd is not installed; cargo install virtiofsd",
     "this KVM emulates ring 0 and does not emulate stmxcsr",

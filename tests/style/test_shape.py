@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import statistics
 import subprocess
 from collections.abc import Iterator
@@ -38,8 +39,29 @@ def test_long_files_say_why() -> None:
 
 
 def beginning(path: Path) -> str:
-    """The first lines, where the reason for a file's length belongs."""
-    return " ".join(path.read_text()[:1500].split())
+    """The docstring or comment that a file begins with, where the reason for its length belongs."""
+    text = path.read_text()
+    if path.suffix in (".py", ".pyi", ".pyx"):
+        found = re.match(r'(?:#[^\n]*\n)*"""(.*?)"""', text, re.DOTALL)
+    else:
+        found = re.match(r"((?:#[^\n]*\n)+)|/\*(.*?)\*/", text, re.DOTALL)
+    return " ".join(found[0].replace("#", " ").split()) if found else ""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.py", '"""Why.\n\nIn one file\nbecause it is.\n"""\n', True),
+        ("a.py", '"""Why."""\nREASON = "In one file because"\n', False),
+        ("a.pyx", '# cython: x=1\n"""In one file because it is."""\n', True),
+        ("a.h", "/* In one file because it is. */\nint x;\n", True),
+        ("a", "#!/bin/sh\n# In one file\n# because it is.\n", True),
+        ("a", "#!/bin/sh\necho In one file because\n", False),
+    ],
+)
+def test_a_reason_is_one_only_at_the_beginning(tmp_path: Path, name: str, text: str, found: bool) -> None:
+    (tmp_path / name).write_text(text)
+    assert (REASON in beginning(tmp_path / name)) == found
 
 
 def test_every_module_says_what_it_is() -> None:
