@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from typing import Any
 
 import pytest
 
 from pyvmm.bus import Bus
+from pyvmm.errors import KvmError
 from pyvmm.vcpus import Exits, VcpuThreads
 
 
@@ -102,3 +104,43 @@ def test_exits_go_to_the_buses() -> None:
     exits.mmio_write(0x1008, 8, 5)
     exits.io_write(0x60, 2, 6)
     assert memory.seen == [(4, 4), (8, 8, 5)] and port.seen == [(1, 1), (0, 2, 6)]
+
+
+class Faulty(FakeVcpu):
+    """Ends with one of `results` after the other."""
+
+    def __init__(self, *results: Any) -> None:
+        super().__init__(0)
+        self.results = list(results)
+
+    def run(self, exits: Exits) -> tuple[int, dict[str, Any]]:
+        result = self.results.pop(0)
+        if isinstance(result, BaseException):
+            raise result
+        return result  # type: ignore[no-any-return]
+
+
+FAULT, OTHER, END = KvmError(errno.EFAULT, "no host page"), KvmError(errno.EIO, "no luck"), (8, {})
+
+
+@pytest.mark.parametrize(
+    ("results", "mended", "told"),
+    [
+        ((FAULT, END), [1], END),  # what was taken away is gone: the access is repeated
+        ((FAULT, FAULT, END), [1, 2], END),
+        ((FAULT, END), [5], END),  # another CPU was faster
+        ((FAULT, END), [0], FAULT),  # there was nothing to take away
+        ((FAULT, FAULT, END), [3, 3], FAULT),
+        ((OTHER, END), [1], OTHER),
+        ((END, END), [1], END),
+    ],
+)
+def test_a_fault_ends_a_cpu_unless_it_can_be_mended(results: Any, mended: list[int], told: Any) -> None:
+    ended = Ended()
+    answers = iter(mended)
+    exits = Exits(Bus("memory"), Bus("ports"), lambda: next(answers))
+    running = VcpuThreads([Faulty(*results)], exits, ended)  # type: ignore[list-item]
+    running.start()
+    assert ended.event.wait(5)
+    assert ended.told == [(0, told)]
+    assert running.stop()
