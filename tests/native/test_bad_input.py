@@ -222,6 +222,9 @@ OPTIONS = [
     ("cmdline", "-k --cmdline " + "x" * 3000, r"--cmdline: 3000 bytes; Linux takes at most 2047"),
     ("deadline", "-k --deadline soon", r"--deadline: 'soon': a number of seconds above 0 is needed"),
     ("timeout", "-k --connect-timeout -1", r"--connect-timeout: '-1': a number of seconds above 0"),
+    ("loss", "-k --on-backend-loss panic", r"--on-backend-loss=panic: one of reconnect, stop, fail"),
+    ("no-loss", "-k --on-backend-loss=", r'--on-backend-loss="": one of reconnect, stop, fail'),
+    ("patience", "-k --reconnect-timeout 0", r"--reconnect-timeout: '0': a number of seconds above 0"),
     ("nan", "-k --deadline nan", r"--deadline: 'nan': a number of seconds above 0"),
     # processors and memory
     ("cpus-0", "-k --cpus boot=0", r"--cpus: boot=0: 1 to 32 virtual CPUs are possible"),

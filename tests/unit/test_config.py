@@ -24,6 +24,13 @@ def test_a_generic_device_by_either_key() -> None:
     assert config.generic(text.replace("virtio_id", "device_type")) == config.generic(text)
 
 
+def test_how_a_generic_backend_is_had() -> None:
+    device = config.generic('device_type=fs,exec="serve --opt=a,b  --fd {fd}",on_loss=stop')
+    assert (device.exec, device.on_loss) == (("serve", "--opt=a,b", "--fd", "{fd}"), "stop")
+    device = config.generic("device_type=fs,socket=x,server=on")
+    assert device.server and not device.exec and not device.on_loss
+
+
 def test_fs_by_directory() -> None:
     assert config.fs("tag=root,dir=/,cache=always") == FsDevice("root", "/", cache="always")
 
@@ -52,6 +59,12 @@ def test_streams(text: str, value: StreamConfig) -> None:
         (config.memory, "size=1G,shared=off", "shared=on"),
         (config.memory, "sise=1G", "did you mean 'size'"),
         (config.generic, "device_type=fs", "exactly one of socket=, fd= and exec="),
+        (config.generic, "device_type=fs,socket=x,fd=3", "exactly one of socket=, fd= and exec="),
+        (config.generic, 'device_type=fs,socket=x,exec="y {fd}"', "exactly one of socket=, fd= and exec="),
+        (config.generic, "device_type=fs,exec=y", "exec=y: one of {fd} .* and {socket}"),
+        (config.generic, 'device_type=fs,exec="y {fd} {socket}"', "one of {fd} .* and {socket}"),
+        (config.generic, "device_type=fs,fd=3,server=on", "server=on: socket= must say where to listen"),
+        (config.generic, "device_type=fs,fd=3,on_loss=panic", "on_loss=panic: one of reconnect, stop, fail"),
         (config.generic, "socket=x", "device_type= is missing"),
         (config.generic, "socket=x,virtio_id=1,queue_sizes=[100]", "queue size 100: a power of two"),
         (config.generic, "socket=x,virtio_id=1,queue_sizes=[0]", "queue size 0: a power of two"),
