@@ -17,6 +17,9 @@ import pytest
 # namespaces and other users, what protects the host would go untested.
 EXPECTED_SKIPS = (
     "the rust virtiofsd is not installed; cargo install virtiofsd",
+    "gpio: vhost-device-gpio 0.1.0 needs libgpiod 2",
+    "can: Linux 6.1 has no driver",
+    "gpu-null: vhost-device-gpu is not installed; scripts/backends",
     "this KVM emulates ring 0 and does not emulate stmxcsr",
 )
 
