@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from .. import cache
+from .. import cache, programs
 from ..errors import ConfigError
 from . import cpio
 from .modules import ModuleTree
@@ -127,18 +127,16 @@ def compiled_init() -> str:
 
 
 def _compile(output: str) -> None:
-    import subprocess
-
     sources = [path for path in _sources() if path.endswith(".c")]
     command = [os.environ.get("CC") or "cc", *_COMPILE, "-o", output, *sources]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        status, _, said = programs.run(command)
     except OSError as error:
         raise ConfigError(
             f"cannot compile the guest's init: {command[0]}: {error.strerror}; apt-get install gcc libc6-dev"
         ) from error
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
+    if status:
+        lines = said.strip().splitlines() or ["no message"]
         raise ConfigError(f"cannot compile the guest's init with {command[0]}: {lines[-1]}")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 
-from .. import cache, log
+from .. import cache, log, programs
 from ..errors import ConfigError
 from ..record import Record
 
@@ -189,14 +189,12 @@ def _newest_package() -> str:
 
 
 def _run(argv: list[str], folder: str = "/") -> str:
-    import subprocess
-
     try:
-        done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
+        status, output, errors = programs.run(argv, folder)
     except OSError as error:
         raise ConfigError(f"{argv[0]}: {error.strerror}; fetching a kernel needs a Debian host") from error
-    if done.returncode:
-        said = done.stderr.splitlines()
+    if status:
+        said = errors.splitlines()
         lines = [line for line in said if line.startswith("E:")] or said
-        raise ConfigError(f"{' '.join(argv)} failed: {lines[0] if lines else f'status {done.returncode}'}")
-    return done.stdout
+        raise ConfigError(f"{' '.join(argv)} failed: {lines[0] if lines else f'status {status}'}")
+    return output
