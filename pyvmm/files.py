@@ -16,6 +16,7 @@ from .errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable
 
     Test = Callable[[int], bool]
@@ -73,6 +74,55 @@ def write_all(fd: int, data: bytes, go_on: Callable[[], bool]) -> bool:
         elif not go_on():
             return False
     return True
+
+
+class SocketFile:
+    """The file at `path` of a listening socket: what a dead server left is replaced, only ours is removed."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._ours: tuple[int, ...] | None = None
+
+    def bind(self, sock: socket) -> None:
+        """Bind `sock` there; OSError, as when somebody listens there."""
+        unlink_stale(self.path)
+        sock.bind(self.path)
+        self._ours = _identity(self.path)
+
+    def remove(self) -> None:
+        """Remove the file, unless somebody has put another there; harmless when repeated."""
+        ours, self._ours = self._ours, None
+        if ours is not None and _identity(self.path) == ours:
+            os.unlink(self.path)
+
+
+def unlink_stale(path: str) -> None:
+    """Remove a socket left over from before; anything else at `path` stays, and one in use.
+
+    Whether somebody listens shows in how connecting a datagram socket fails, which the
+    listener does not notice.
+    """
+    from _socket import AF_UNIX, SOCK_DGRAM, socket
+
+    probe = socket(AF_UNIX, SOCK_DGRAM)
+    try:
+        probe.connect(path)
+    except ConnectionRefusedError:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except OSError:
+        return  # it is used, absent or out of reach: listening will tell
+    finally:
+        probe.close()
+
+
+def _identity(path: str) -> tuple[int, ...] | None:
+    """What a change of owner or mode leaves alone; numbers of inodes alone are used again."""
+    try:
+        facts = os.lstat(path)
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_mtime_ns
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -7,11 +7,10 @@ happens.  It does not know which device uses the stream.
 from __future__ import annotations
 
 import os
-import stat
 
 from . import log
 from .errors import ConfigError
-from .files import SOCKET_PATH_MAX, open_output
+from .files import SOCKET_PATH_MAX, SocketFile, open_output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -78,12 +77,10 @@ class ListeningStream(Stream):
 
         if len(os.fsencode(path)) > SOCKET_PATH_MAX:
             raise ConfigError(f"{option}: {path}: is longer than {SOCKET_PATH_MAX} bytes; use a shorter path")
-        self._path = path
+        self._file = SocketFile(path)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            _unlink_stale(path)
-            self.listener.bind(path)
-            self._identity = _identity(path)
+            self._file.bind(self.listener)
             self.listener.listen(1)
         except OSError as error:
             self.listener.close()
@@ -108,8 +105,7 @@ class ListeningStream(Stream):
         self.drop()
         if self.listener.fileno() >= 0:
             self.listener.close()
-            if _identity(self._path) == self._identity:  # nobody has put another there
-                os.unlink(self._path)
+            self._file.remove()
 
 
 def open_stream(option: str, config: StreamConfig) -> Stream:
@@ -143,32 +139,6 @@ def _file(option: str, path: str) -> Stream:
 
 def _socket(option: str, path: str) -> Stream:
     return ListeningStream(option, path)
-
-
-def _unlink_stale(path: str) -> None:
-    """Remove a socket left over from before; anything else at `path` stays.
-
-    Whether somebody listens shows in how connecting a datagram socket fails, which the
-    listener does not notice.
-    """
-    import socket
-
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            if stat.S_ISSOCK(os.lstat(path).st_mode):
-                os.unlink(path)
-        except OSError:
-            return  # it is used, absent or out of reach: listening will tell
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        facts = os.lstat(path)
-    except OSError:
-        return None
-    return facts.st_dev, facts.st_ino
 
 
 _OPENERS = {

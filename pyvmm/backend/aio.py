@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 
 from .loop import DeviceLoop
-from .server import Server, socket_at, unlink_socket
+from .server import Server, socket_at
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 
 async def serve_async(device: Device, where: Where) -> None:
     """As `serve`, until the task is cancelled or, on a connected socket, the connection ends."""
-    path = where if isinstance(where, str) else None
     with DeviceLoop() as loop:
-        server = Server(device, socket_at(where), loop)
+        sock, remove = socket_at(where)
+        server = Server(device, sock, loop)
         try:
             await _Bridge(loop).done
         finally:
             server.close()
-            if path is not None:
-                unlink_socket(path)
+            remove()
 
 
 class _Bridge:

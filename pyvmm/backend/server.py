@@ -6,15 +6,17 @@ frontend after one has gone.  It must not know messages or devices' insides.
 
 from __future__ import annotations
 
-import os
 from _socket import AF_UNIX, SO_ACCEPTCONN, SOCK_STREAM, SOL_SOCKET, socket
 
 from .. import log
+from ..files import SocketFile
 from .connection import Connection
 from .loop import DeviceLoop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .device import Device
 
     Where = str | int | socket
@@ -75,51 +77,46 @@ def serve(device: Device, where: Where, *, loop: DeviceLoop | None = None) -> No
     `where` is the path of a socket to listen on (one left over there is replaced, and it is
     removed in the end), or a socket or descriptor, listening or connected.
     """
-    path = where if isinstance(where, str) else None
+    sock, remove = socket_at(where)
     own = loop or DeviceLoop()
-    server = Server(device, socket_at(where), own)
+    server = Server(device, sock, own)
     try:
         own.run()
     finally:
         server.close()
-        if path is not None:
-            unlink_socket(path)
+        remove()
         if loop is None:
             own.close()
 
 
-def socket_at(where: Where) -> socket:
-    """The socket that `where` means; OSError when there is none or none can be made."""
+def socket_at(where: Where) -> tuple[socket, Callable[[], None]]:
+    """The socket that `where` means, and what removes its file if it was made here.
+
+    OSError when there is none or none can be made, as where another server listens.
+    """
     if isinstance(where, socket):
-        return where
+        return where, _nothing
     if isinstance(where, int):
-        return socket(fileno=where)
-    unlink_socket(where)
-    sock = socket(AF_UNIX, SOCK_STREAM)
+        return socket(fileno=where), _nothing
+    file, sock = SocketFile(where), socket(AF_UNIX, SOCK_STREAM)
     try:
-        sock.bind(where)
+        file.bind(sock)
         sock.listen(1)
     except BaseException:
+        file.remove()
         sock.close()
         raise
-    return sock
+    return sock, file.remove
+
+
+def _nothing() -> None:
+    """There is no file to be removed."""
 
 
 def accept(listener: socket) -> socket:
     """The next client; OSError when there is none.  What `socket.socket.accept` does."""
     fd, _ = listener._accept()  # type: ignore[attr-defined]
     return socket(fileno=fd)
-
-
-def unlink_socket(path: str) -> None:
-    """Remove a socket from the file system; anything else there stays."""
-    from stat import S_ISSOCK
-
-    try:
-        if S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        return
 
 
 def is_listening(sock: socket) -> bool:

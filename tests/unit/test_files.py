@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from fakes.backend import no_new_fds
 
 from pyvmm.errors import ConfigError
-from pyvmm.files import open_file
+from pyvmm.files import SocketFile, open_file, write_all
 
 
 def test_a_descriptor_that_blocks_and_is_not_inherited(tmp_path: Path) -> None:
@@ -53,3 +55,72 @@ def test_reasons(tmp_path: Path, make: object, flags: int, reason: str) -> None:
 def test_a_path_with_a_zero_byte() -> None:
     with pytest.raises(ConfigError, match="it: embedded null byte; cure"):
         open_file("it", "a\0b", "cure")
+
+
+# -- sockets -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A path that is short enough."""
+    monkeypatch.chdir(tmp_path)
+    with no_new_fds():
+        yield "s"
+
+
+def listener(file: SocketFile) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    file.bind(made)
+    made.listen(1)
+    return made
+
+
+def test_a_socket_left_over_is_replaced_and_ours_removed(place: str) -> None:
+    listener(SocketFile(place)).close()
+    assert os.path.exists(place)
+    file = SocketFile(place)
+    with listener(file), socket.socket(socket.AF_UNIX) as client:
+        client.connect(place)
+    file.remove()
+    assert not os.path.exists(place)
+    file.remove()
+
+
+def test_a_live_socket_stays_its_owners(place: str) -> None:
+    owner, late = SocketFile(place), SocketFile(place)
+    with listener(owner), socket.socket(socket.AF_UNIX) as refused, socket.socket(socket.AF_UNIX) as client:
+        with pytest.raises(OSError, match="already in use"):
+            late.bind(refused)
+        late.remove()
+        client.connect(place)
+    owner.remove()
+    assert not os.path.exists(place)
+
+
+def test_what_somebody_put_there_since_stays(place: str) -> None:
+    first, second = SocketFile(place), SocketFile(place)
+    listener(first).close()
+    with listener(second):
+        first.remove()
+        assert os.path.exists(place)
+
+
+@pytest.mark.parametrize("make", [lambda path: open(path, "x").close(), os.mkdir, os.mkfifo])
+def test_what_is_no_socket_stays(place: str, make: Callable[[str], None]) -> None:
+    make(place)
+    with socket.socket(socket.AF_UNIX) as refused, pytest.raises(OSError, match="already in use"):
+        SocketFile(place).bind(refused)
+    assert os.path.exists(place)
+
+
+# -- readers that stop -----------------------------------------------------------------
+
+
+def test_write_all_gives_up_when_told_to() -> None:
+    reader, writer = os.pipe()
+    looks = []
+    assert not write_all(writer, bytes(1 << 20), lambda: looks.append(1) is None and len(looks) < 3)
+    assert len(looks) == 3
+    os.close(writer)
+    with open(reader, "rb") as rest:
+        assert len(rest.read()) >= 65536 - 4096
