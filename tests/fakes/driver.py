@@ -151,7 +151,8 @@ class VirtioDriver:
         self.reset()
         self.add_status(spec.ACKNOWLEDGE)
         self.add_status(spec.DRIVER)
-        self.accept(self.device_features() if features is None else features)
+        every = self.device_features() & ~spec.F_RING_PACKED  # the rings of `queue` are split
+        self.accept(every if features is None else features)
         return bool(self.add_status(spec.FEATURES_OK) & spec.FEATURES_OK)
 
     def device_config(self, offset: int, width: int) -> int:
