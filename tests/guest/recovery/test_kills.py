@@ -64,3 +64,13 @@ def test_nothing_is_lost_or_doubled(
     assert f"{workers} workers, 0 failed" in seen["serial"], told
     assert seen["serial"].count(" 0 wrong") == workers, told
     assert seen["log"].count("reconnected after") >= KILLS - 1, told
+
+
+def test_what_nobody_knows_is_not_guessed(
+    machine: Machine, own: Kernel, scratch: Path, initramfs: Path
+) -> None:
+    """Several requests at a backend that overtakes and tracks none: it goes on exactly, or not at all."""
+    seen = play(machine, own, scratch, initramfs, mode="storage daemon", workers=8, kills=20)
+    told = f"{seen['log']}\n{seen['serial']}"
+    assert "waits until the guest resets it" in seen["log"] if seen["stuck"] else seen["kills"] == 20, told
+    assert seen["serial"].count(" 0 wrong") == seen["serial"].count(" wrong"), told
