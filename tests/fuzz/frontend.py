@@ -87,6 +87,30 @@ class Backend:
             self.requests.close()
 
 
+class Mapper:
+    """Where shared memory is shown: it knows that what it is told to map fits."""
+
+    def __init__(self, sizes: dict[int, int]) -> None:
+        self.sizes = sizes
+        self.mapped: dict[tuple[int, int], int] = {}
+
+    def map(self, shmid: int, offset: int, fd: int, fd_offset: int, length: int, writable: bool) -> None:
+        """As a guest's memory would."""
+        assert length > 0 and offset + length <= self.sizes[shmid] and not (offset | length) % 4096
+        assert fd_offset + length <= os.fstat(fd).st_size
+        for (other, start), extent in self.mapped.items():
+            assert other != shmid or offset + length <= start or start + extent <= offset
+        self.mapped[shmid, offset] = length
+
+    def unmap(self, shmid: int, offset: int) -> None:
+        """Something that is there."""
+        del self.mapped[shmid, offset]
+
+    def intact(self, shmid: int, offset: int) -> bool:
+        """Nothing is ever cut short here."""
+        return (shmid, offset) in self.mapped
+
+
 def _sends_own(data: bytes) -> bool:
     """Whether SET_BACKEND_REQ_FD, which has no payload, comes last: the kernel ends a read there."""
     return len(data) >= HEADER.size and HEADER.unpack(data[-HEADER.size :])[0] == OWN_REQUEST
@@ -125,6 +149,8 @@ def play(source: Input) -> None:
 def _drive(source: Input, backend: Backend, frontend: Frontend, loop: EventLoop) -> None:
     lost: list[str] = []
     frontend.on_lost = lost.append
+    mapper = Mapper(dict(frontend.shared_memory))
+    frontend.mappings.attach(mapper)
     frontend.start_watching()
     backend.hear()
     while source:
@@ -135,7 +161,9 @@ def _drive(source: Input, backend: Backend, frontend: Frontend, loop: EventLoop)
         backend.hear()
     loop.call_later(0, loop.stop)
     loop.run()
-    assert len(lost) <= 1
+    assert len(frontend.mappings) == len(mapper.mapped)
+    frontend.mappings.attach(None)
+    assert not mapper.mapped and len(lost) <= 1
     assert not any("\n" in reason for reason in lost)
 
 

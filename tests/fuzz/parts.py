@@ -80,6 +80,8 @@ def _cut(
 def _read(message: Message, replies: bool) -> tuple[Any, ...]:
     """What a message says; encoded again it says the same."""
     row, said, count = message.request, message.payload, len(message.fds)
+    low, high = row.reply_fds if replies else row.fds
+    assert low <= count <= high, f"{row.name} with {count} descriptors"
     if row.known or not isinstance(said, Raw):
         encode = encode_reply if replies else encode_request
         data = encode(row, said, count)

@@ -7,14 +7,31 @@ parts do what they should, since a run that always fails early would find nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from fuzz.parts import NAMES
 from fuzz.source import ACK, OWN, Writer
 
 from pyvmm.vhost_user.codec import encode_ack, encode_reply, encode_request
-from pyvmm.vhost_user.messages import BACKEND_REQUESTS, F_PROTOCOL_FEATURES, FRONTEND_REQUESTS, Request
+from pyvmm.vhost_user.messages import (
+    BACKEND_REQUESTS,
+    F_PROTOCOL_FEATURES,
+    FRONTEND_REQUESTS,
+    HEADER,
+    Request,
+)
 from pyvmm.vhost_user.messages import ProtocolFeature as P
-from pyvmm.vhost_user.payloads import U64, Config, Empty, Inflight, MemRegion, MemTable, Payload, VringState
+from pyvmm.vhost_user.payloads import (
+    U64,
+    Config,
+    Empty,
+    Inflight,
+    MemRegion,
+    MemTable,
+    Mmap,
+    Payload,
+    VringState,
+)
 
 ROW = FRONTEND_REQUESTS.by_name
 VIRTIO = 1 << 32 | F_PROTOCOL_FEATURES
@@ -27,6 +44,7 @@ OPENING = (
     encode_reply(ROW["GET_QUEUE_NUM"], U64(2)),
     encode_reply(ROW["GET_CONFIG"], Config(0, 0, bytes(FS_CONFIG))),
 )
+OWNER = encode_request(ROW["SET_OWNER"], Empty())
 STARTING = ["SET_FEATURES", "SET_MEM_TABLE", "SET_VRING_NUM"]
 STARTING += ["SET_VRING_BASE", "SET_VRING_ADDR", "SET_VRING_CALL", "SET_VRING_KICK", "SET_VRING_ENABLE"]
 ONE_QUEUE = 93  # the step that starts the device, with one queue
@@ -54,12 +72,14 @@ def codecs() -> list[bytes]:
     change = encode_request(BACKEND_REQUESTS.by_name["CONFIG_CHANGE_MSG"], Empty(), 0, True)
     return [
         codec(False, 0, table, [(len(table), 2)]),
-        codec(False, 0, encode_request(ROW["SET_OWNER"], Empty()) + table, [(12, 0), (20, 2)]),
+        codec(False, 0, OWNER + table, [(12, 0), (20, 2)]),
         codec(True, 0, inflight, [(5, 0), (40, 1)]),
         codec(True, 0, b"".join(OPENING)),
         codec(False, 1, change * 2),
         codec(False, 0, encode_request(Request(77, "UNKNOWN"), Empty()), [(12, 3)]),
         codec(True, 0, b"HTTP/1.1 200 OK\r\n"),
+        codec(False, 0, HEADER.pack(ROW["SET_FEATURES"].id, 1, 4) + bytes(4)),
+        codec(False, 0, OWNER, [(len(OWNER), 1)]),
     ]
 
 
@@ -87,7 +107,9 @@ def sessions() -> list[bytes]:
     asked = part("session").byte(1).number(VIRTIO).number(PROTOCOL)
     asked.byte(1, 0, 8, 0, 0).data += VIRTIO.to_bytes(8, "little")
     asked.byte(0)
-    return [hostile.data, pair.data, asked.data]
+    grasping = part("session").byte(1).number(0).number(0)
+    grasping.byte(ROW["SET_FEATURES"].id).data += (1).to_bytes(8, "little")
+    return [hostile.data, pair.data, asked.data, grasping.data]
 
 
 def configs() -> list[bytes]:
@@ -101,7 +123,9 @@ def configs() -> list[bytes]:
     shrink = part("config").byte(1).number(16).byte(OWN, 0, 1)
     answer(shrink, bytes(12)).byte(2).number(0)
     answer(shrink, bytes(12))
-    return [out.data, shrink.data, part("config").byte(2).number(8).block(b"tag").byte(2).number(0).data]
+    other = answer(part("config").byte(0).number(16), bytes(32))
+    local = part("config").byte(2).number(8).block(b"tag").byte(2).number(0)
+    return [out.data, shrink.data, other.data, local.data]
 
 
 def says(out: Writer, answers: Sequence[bytes]) -> Writer:
@@ -134,7 +158,38 @@ def frontends() -> list[bytes]:
     for data in acks(["SET_INFLIGHT_FD", *STARTING[3:]], 1):
         tracked += bytes((0, len(data))) + data
     read = says(Writer().byte(0), OPENING[-1:]).byte(1, 0).block(change).byte(0, 4).data
-    return [opened, opened + start + read + stop, opened + start + start[:40], opened + stop, tracked]
+    return [
+        opened,
+        opened + start + read + stop,
+        opened + start + start[:40],
+        opened + stop,
+        tracked,
+        *shared(),
+    ]
+
+
+def shared() -> list[bytes]:
+    """Openings with shared memory regions, then mappings that are right and wrong."""
+    answers = [encode_reply(ROW["GET_FEATURES"], U64(VIRTIO))]
+    answers.append(encode_reply(ROW["GET_PROTOCOL_FEATURES"], U64(P.REPLY_ACK | P.SHMEM | P.BACKEND_REQ)))
+    answers.append(encode_ack(ROW["SET_BACKEND_REQ_FD"]))
+    opening = part("frontend").byte(0, len(answers) + 1)
+    for data in answers:
+        opening.byte(0).block(data)
+    opening.byte(OWN, ROW["GET_SHMEM_CONFIG"].id, 0)
+    opening.data += (1).to_bytes(8, "little") + (1 << 20).to_bytes(8, "little") + bytes(48)
+
+    def asks(name: str, fields: Mmap, fds: int) -> bytes:
+        data = encode_request(BACKEND_REQUESTS.by_name[name], fields, fds, True)
+        return Writer().byte(4 * fds).block(data).byte(0).data
+
+    good, bad = Mmap(0, 0, 0x1000, 0x2000, 1), Mmap(0, 0, 0x2000, 0x1000, 0)
+    deeds = [asks("SHMEM_MAP", good, 1), asks("SHMEM_MAP", bad, 1), asks("SHMEM_UNMAP", good, 0)]
+    step = Writer().byte(4, 0)  # nothing is said on the main connection
+    return [
+        opening.data + step.byte(len(deeds)).data + b"".join(deeds),
+        opening.data + Writer().byte(4, 0, 1).data + deeds[0],
+    ]
 
 
 def options() -> list[bytes]:
@@ -154,3 +209,9 @@ def options() -> list[bytes]:
 def seeds() -> list[bytes]:
     """All of them."""
     return [*codecs(), *sessions(), *configs(), *frontends(), *options()]
+
+
+def write(folder: Path) -> None:
+    """Each into a file of its own."""
+    for number, data in enumerate(seeds()):
+        (folder / f"seed-{number}").write_bytes(data)
