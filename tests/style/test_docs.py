@@ -22,6 +22,11 @@ COMMANDS: dict[str, Command] = {
 }
 GLOBAL = {"--help", "-h", "--version", "-V"}
 OTHERS = {"-vv"}  # a switch twice
+PROGRAMS = {  # options of our backends as programs
+    option
+    for path in (ROOT / "pyvmm" / "backend").glob("*.py")
+    for option in re.findall(r'"(--[a-z-]+)"', path.read_text())
+}
 KEYS = {
     "--cpus": config.CPUS_KEYS,
     "--memory": config.MEMORY_KEYS,
@@ -73,7 +78,7 @@ def test_there_are_command_lines_in_the_text() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_options_named_alone_exist(page: Path) -> None:
-    known = GLOBAL | OTHERS | {name for command in COMMANDS.values() for name in names(command)}
+    known = GLOBAL | OTHERS | PROGRAMS | {name for command in COMMANDS.values() for name in names(command)}
     named = {word.split("=")[0].split()[0] for word in code(page.read_text()) if re.match(r"--?[a-z]", word)}
     assert named <= known
 
