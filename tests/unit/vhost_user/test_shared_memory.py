@@ -13,6 +13,8 @@ from time import monotonic
 import pytest
 from fakes import backend as fake
 from fakes.backend import FakeBackend, Surroundings, no_new_fds
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pyvmm import layout
 from pyvmm.errors import ConfigError, RemoteProtocolError
@@ -202,6 +204,50 @@ def test_descriptors_are_looked_at(tmp_path: os.PathLike[str]) -> None:
         "path": File(5, readable=False, writable=False),
         "pipe": File(None, writable=False),
     }
+
+
+WISHES = st.tuples(
+    st.booleans(),
+    st.sampled_from([0, 5, 6]),
+    st.integers(-1, 17),
+    st.integers(-1, 18),
+    st.sampled_from([0, 0, 0, 1, 512]),
+)
+
+
+@given(st.lists(WISHES, max_size=60))
+def test_pages_have_one_owner_whatever_is_asked_for(wishes: list[tuple[bool, int, int, int, int]]) -> None:
+    """Against a model of single pages: what is allowed is what fits and touches nothing."""
+    memory, mapper = SharedMemory("model", tuple(SIZES.items()), lambda: None), Map()
+    memory.attach(mapper)
+    fd = os.memfd_create("shared")
+    os.ftruncate(fd, 64 * PAGE)
+    owner: dict[tuple[int, int], int] = {}  # region and page to the first page of the mapping
+    for mapping, shmid, page, count, stray in wishes:
+        start, length = (page * PAGE + stray) % (1 << 64), count * PAGE % (1 << 64)
+        span = [(shmid, at) for at in range(page, page + count)]
+        request = wish(shmid=shmid, shm_offset=start, length=length)
+        if mapping:
+            fits = not stray and count > 0 and 0 <= page <= page + count <= SIZES.get(shmid, 0) // PAGE
+            allowed = fits and not any(place in owner for place in span)
+            owner.update(dict.fromkeys(span, page) if allowed else {})
+        else:
+            whole = [place for place, first in owner.items() if (place[0], first) == (shmid, page)]
+            allowed = bool(whole) and sorted(whole) == span and not stray
+            owner = {place: first for place, first in owner.items() if not allowed or place not in span}
+        action = memory._map if mapping else memory._unmap
+        if allowed:
+            action(request, [fd])
+        else:
+            with pytest.raises(Refused):
+                action(request, [fd])
+    os.close(fd)
+    pages = {
+        (shmid, at): offset // PAGE
+        for (shmid, offset), (_, length, _) in mapper.there.items()
+        for at in range(offset // PAGE, (offset + length) // PAGE)
+    }
+    assert pages == owner
 
 
 # -- a device with a backend -------------------------------------------------------------
