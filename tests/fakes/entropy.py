@@ -51,6 +51,13 @@ class Entropy:
         return False
 
 
+def loop_answers(loop, seconds=30.0):
+    """Whether the event loop does what it is asked, or is stuck somewhere."""
+    answered = threading.Event()
+    loop.call_soon_threadsafe(answered.set)
+    return answered.wait(seconds)
+
+
 def scenario(built, loop, steps):
     """Run `built` and `steps()` beside it; what went wrong in the steps is raised."""
     failures = []

@@ -27,7 +27,7 @@ from fakes import backend as fake
 from fakes.backend import FakeBackend, Script
 from fakes.census import leaves_nothing
 from fakes.driver import ConfigAccess, VirtioDriver
-from fakes.entropy import Entropy, scenario
+from fakes.entropy import Entropy, loop_answers, scenario
 from fakes.program import LIMIT, SPIN, pvh_elf
 
 from pyvmm import config as cfg
@@ -56,7 +56,7 @@ class Stage:
     """A machine with the victim, whose backend is hostile, and another device."""
 
     def __init__(self, built: Vm, backend: FakeBackend) -> None:
-        self.backend = backend
+        self.backend, self.loop = backend, built.loop
         self.driver = VirtioDriver(built.board.mmio, ConfigAccess(built.board.mmio, VICTIM))
         self.other = Entropy(built, OTHER, OTHER_RINGS)
 
@@ -80,7 +80,8 @@ class Stage:
             time.sleep(0.002)
 
     def machine_answers(self) -> None:
-        """Every structure of the victim can be read, and a reset reads back as 0."""
+        """The event loop does, every structure of the victim can be read, and a reset reads back as 0."""
+        assert loop_answers(self.loop)
         driver = self.driver
         assert driver.config.read(pci.VENDOR_ID, 2) == spec.PCI_VENDOR_ID
         for kind, (_, _, length) in driver.structures.items():

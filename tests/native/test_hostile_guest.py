@@ -22,7 +22,7 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 
 from fakes.accesses import Accesses, instructions, on_buses
 from fakes.census import leaves_nothing
-from fakes.entropy import Entropy, scenario
+from fakes.entropy import Entropy, loop_answers, scenario
 from fakes.program import LIMIT, SPIN, pvh_elf
 
 from pyvmm import config as cfg
@@ -398,9 +398,7 @@ class Stage:
 
     def check(self) -> None:
         """See the module."""
-        answered = threading.Event()
-        self.loop.call_soon_threadsafe(answered.set)
-        assert answered.wait(LIMIT), "the event loop is stuck"
+        assert loop_answers(self.loop)
         assert self.built.board.pci.describe()
         self.check_bars()
         for device, address in ((self.victim, BAR), (self.other, OTHER_BAR)):
