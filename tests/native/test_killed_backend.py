@@ -117,6 +117,8 @@ def test_killed_at_every_message(
     stages = []
     for number in range(1, count + 1):
         life = Life(device, tmp_path, f"{what} {number}")
+        if life.seen[what] < number:
+            break  # it read more at a time than when nobody was killed, so the moment never came
         told = life.failed_at == "connect" or len(life.lost) == 1
         assert told, f"killed at {what} {number}: failed at {life.failed_at!r}, lost {life.lost}"
         stages.append(life.failed_at)
