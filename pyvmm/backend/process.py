@@ -11,10 +11,10 @@ runs twice.  Modules that only the child needs are imported there, beside the pa
 from __future__ import annotations
 
 import os
-import select
 from _socket import socketpair
 
 from .. import ending, log
+from ..child import ChildProcess
 from ..errors import EXIT_VMM
 from ..lean import signal
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 STOP_SECONDS = 3.0  # how long a backend may take to flush what the guest wrote
 
 
-class DeviceProcess:
+class DeviceProcess(ChildProcess):
     """A running backend.  `socket` is the frontend's end, connected; whoever wants it may take it.
 
     `pidfd` becomes readable when the process ends.  `close` ends it in order: the connection
@@ -42,10 +42,8 @@ class DeviceProcess:
 
     def __init__(self, name: str, pid: int, sock: Socket) -> None:
         self.name = name
-        self.pid = pid
-        self.pidfd = os.pidfd_open(pid)
+        super().__init__(pid)
         self.socket: Socket | None = sock
-        self.status: int | None = None
 
     def take_socket(self) -> Socket:
         """Hand the frontend's end over; its new owner closes it before `close` is called."""
@@ -53,25 +51,6 @@ class DeviceProcess:
         if sock is None:
             raise ValueError(f"the socket of {self.name} was taken before")
         return sock
-
-    def wait(self, seconds: float) -> int | None:
-        """Exit status (128 + n for signal n) as soon as the process ends, None when it does not."""
-        if self.status is None and self.pidfd >= 0:
-            poll = select.poll()
-            poll.register(self.pidfd, select.POLLIN)
-            if poll.poll(max(0, round(seconds * 1000))):
-                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-                self.status = code if code >= 0 else 128 - code
-        return self.status
-
-    def ended(self) -> bool:
-        """Whether it has ended."""
-        return self.pidfd < 0 or self.wait(0) is not None
-
-    def kill(self, number: int) -> None:
-        """Send a signal to it while it runs."""
-        if not self.ended():
-            signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
         """End and reap the process; harmless when repeated."""
@@ -86,8 +65,7 @@ class DeviceProcess:
                 self.kill(sign)
             if self.wait(seconds) is not None:
                 break
-        os.close(self.pidfd)
-        self.pidfd = -1
+        self.forget()
 
 
 class ConsoleProcess(DeviceProcess):

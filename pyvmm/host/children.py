@@ -7,10 +7,10 @@ ends them when the thread that started them ends, however that happens.
 from __future__ import annotations
 
 import os
-import select
 
 from .. import ending
 from ..backend.process import keep_only
+from ..child import ChildProcess
 from ..errors import ConfigError
 from ..lean import signal
 from .output import Kept, Passed
@@ -19,10 +19,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_GRACE_MS = 2000
+_GRACE = 2.0  # seconds
 
 
-class Child:
+class Child(ChildProcess):
     """One helper.  `pidfd` becomes readable when it ends; `close` ends it if it has not.
 
     Only the descriptors in `keep` stay open in it, under their own numbers.  Its standard
@@ -42,32 +42,11 @@ class Child:
         self.name = os.path.basename(argv[0])
         self.output = Passed(tell) if tell else Kept(self.name)
         try:
-            self.pid = _start(argv, keep, self.output.fd, prepare)
+            super().__init__(_start(argv, keep, self.output.fd, prepare))
         except BaseException:
             self.output.close()
             raise
         self.output.started()
-        self.pidfd = os.pidfd_open(self.pid)
-        self.status: int | None = None
-
-    def wait(self, milliseconds: int) -> int | None:
-        """Exit status as a shell counts it, or None while it runs."""
-        if self.status is None:
-            poll = select.poll()
-            poll.register(self.pidfd, select.POLLIN)
-            if poll.poll(milliseconds):
-                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-                self.status = code if code >= 0 else 128 - code
-        return self.status
-
-    def ended(self) -> bool:
-        """Whether it has ended."""
-        return self.pidfd < 0 or self.wait(0) is not None
-
-    def kill(self, number: int) -> None:
-        """Send a signal to it while it runs."""
-        if not self.ended():
-            signal.pidfd_send_signal(self.pidfd, number)
 
     def close(self) -> None:
         """End it, politely first, and reap it."""
@@ -76,10 +55,9 @@ class Child:
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not self.ended():
                 self.kill(number)
-                self.wait(_GRACE_MS)
-        os.close(self.pidfd)
+                self.wait(_GRACE)
+        self.forget()
         self.output.close()
-        self.pidfd = -1
 
     def last_words(self) -> str:
         """The last line that it printed, or nothing."""

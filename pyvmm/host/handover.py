@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         def kill(self, number: int) -> None: ...
 
 
-DEATH_MS = 300  # how long a program whose connection broke may take to end and say why
+DEATH = 0.3  # seconds, how long a program whose connection broke may take to end and say why
 GRACE = 2.0  # seconds that a program without a connection gets to end when it is asked to
 
 
@@ -153,7 +153,7 @@ class BackendProcess:
         """How the process ended and the last line that it printed."""
         if self.child.pidfd < 0:
             return ""
-        status = self.child.wait(DEATH_MS)
+        status = self.child.wait(DEATH)
         words = self.child.last_words()
         end = f"it ended with status {status}" if status is not None else "it still runs"
         return f" ({end}: {words})" if words else f" ({end})"

@@ -41,9 +41,10 @@ class SleepRegisters:
 
 
 class ResetRegister:
-    """The FADT's reset register: writing RESET_VALUE restarts the machine."""
+    """The FADT's reset register: writing VALUE restarts the machine."""
 
     SIZE = 1
+    VALUE = RESET_VALUE
 
     def __init__(self, reset: Callable[[], None]) -> None:
         self._reset = reset
@@ -52,25 +53,15 @@ class ResetRegister:
         return 0
 
     def write(self, offset: int, width: int, value: int) -> None:
-        if value & 0xFF == RESET_VALUE:
+        if value & 0xFF == self.VALUE:
             self._reset()
 
 
-class I8042Reset:
+class I8042Reset(ResetRegister):
     """The command and status port of a keyboard controller that can only reset the CPU.
 
     `reboot=k`, and kernels that found no ACPI, restart by it.  The status reads as 0, input
     buffer empty, for which they wait before they write.
     """
 
-    SIZE = 1
-
-    def __init__(self, reset: Callable[[], None]) -> None:
-        self._reset = reset
-
-    def read(self, offset: int, width: int) -> int:
-        return 0
-
-    def write(self, offset: int, width: int, value: int) -> None:
-        if value & 0xFF == I8042_RESET:
-            self._reset()
+    VALUE = I8042_RESET

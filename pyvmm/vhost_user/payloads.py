@@ -140,13 +140,9 @@ class MemTable(Payload):
         return len(self.regions)
 
 
-class SingleRegion(Payload):
+class SingleRegion(MemRegion):
     """One memory region to add or to remove."""
 
-    guest_address: int
-    size: int
-    user_address: int
-    mmap_offset: int
     _wire = Struct("=8xQQQQ")
 
 

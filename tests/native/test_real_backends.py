@@ -248,7 +248,7 @@ def test_virtiofsd_ends_with_its_connection(rig: Rig, tmp_path: Path) -> None:
     process = backends.start_virtiofsd(FsDevice("tag", str(tmp_path)))
     frontend, _ = rig.connect(process, "fs", 2, b"tag")
     frontend.close()
-    assert process.child.wait(5000) is not None
+    assert process.child.wait(5) is not None
 
 
 FUSE_SETATTR, FUSE_UNLINK, FUSE_CREATE = 4, 10, 35
