@@ -67,8 +67,6 @@ def as_json(value: object) -> str:
 
 def describe(kind: Kind) -> dict[str, Any]:
     """Everything known about a kind, as plain values."""
-    from ..virtio.served import program
-
     row = served(kind)
     fields = [{"name": name, "offset": offset, "width": width} for name, offset, width in kind.fields()]
     return {
@@ -77,8 +75,8 @@ def describe(kind: Kind) -> dict[str, Any]:
         **{"usual_sizes": kind.usual_sizes, "max_size": kind.max_size, "pci_class": kind.pci_class},
         **{"config_size": kind.config_size, "config": fields, "write_policy": kind.write_policy},
         **{"drivers": [f"CONFIG_{name}" for name in row.drivers], "refused": kind.refused},
-        **{"backends": [program(line) for line in row.backends]},
-        **{"untested": [program(line) for line in row.untested]},
+        **{"backends": [backend.program for backend in row.backends]},
+        **{"untested": [backend.program for backend in row.untested]},
     }
 
 
@@ -94,15 +92,13 @@ def as_table(kinds: Sequence[Kind]) -> str:
 
 def cells(kind: Kind) -> tuple[str, ...]:
     """The columns of HEADS for one kind; `-` where there is nothing."""
-    from ..virtio.served import program
-
     row = served(kind)
     return (
         *(str(kind.device_id), kind.name, str(kind.min_queues), str(kind.usual_queues)),
         *("refused" if kind.refused else kind.queue_rule, str(kind.max_size)),
         *(str(kind.config_size or "-"), kind.write_policy if kind.config else "-"),
         ", ".join(row.drivers) or "-",
-        ", ".join(program(line) for line in row.backends) or "-",
+        ", ".join(backend.program for backend in row.backends) or "-",
     )
 
 
@@ -136,15 +132,16 @@ def _facts(kind: Kind) -> Iterator[str]:
 
 
 def _examples(kind: Kind, row: Served) -> Iterator[str]:
-    from ..virtio.served import listens_at
-
     if row.option:
         yield "  # pyvmm starts the backend"
         yield f"  pyvmm --kernel vmlinux {row.option}"
     socket, name = f"{kind.name}.sock", kind.name if kind.title else kind.device_id
-    for command in (*row.backends, *row.untested) or ("",):
-        where = listens_at(command, socket) if command else socket
-        yield "  # a backend that runs already" if command else "  # any backend"
-        if command:
-            yield f"  {command.format(socket=socket)}"
-        yield f"  pyvmm --kernel vmlinux --generic-vhost-user socket={where},device_type={name}"
+    generic = "  pyvmm --kernel vmlinux --generic-vhost-user"
+    for backend in (*row.backends, *row.untested):
+        yield "  # a backend that runs already"
+        yield f"  {backend.command.format(socket=socket)}"
+        keys = f",{backend.keys}" if backend.keys else ""
+        yield f'{generic} "socket={backend.listens_at(socket)},device_type={name}{keys}"'
+    if not row.backends + row.untested:
+        yield "  # any backend"
+        yield f'{generic} "socket={socket},device_type={name}"'

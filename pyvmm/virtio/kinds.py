@@ -152,7 +152,7 @@ _SPI = (
 )  # fmt: skip
 
 KINDS = (
-    Kind(1, "net", ("network",), 2, 3, PAIRS, _NET, pci_class=0x0200, title="network card"),
+    Kind(1, "net", ("network",), 2, 2, PAIRS, _NET, pci_class=0x0200, title="network card"),
     Kind(2, "block", ("blk", "disk"), 1, 1, ANY, _BLK, pci_class=0x0180, title="block device"),
     Kind(3, "console", ("serial",), 2, 4, PORTS, _CONSOLE, pci_class=0x0780, title="console", max_size=128),
     Kind(4, "rng", ("entropy",), 1, 1, FIXED, title="entropy source", max_size=1024),

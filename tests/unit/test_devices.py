@@ -121,7 +121,7 @@ def test_what_is_refused_before_anything_starts(device: Record, message: str) ->
 
 
 def test_usual_queues_and_force() -> None:
-    assert devices.prepare(GenericDevice("net", "s")).queue_sizes == (256,) * 3
+    assert devices.prepare(GenericDevice("net", "s")).queue_sizes == (256,) * 2
     assert devices.prepare(GenericDevice("scsi", "s")).queue_sizes == (128,) * 3
     assert devices.prepare(GenericDevice("fs", "s", (64,), force=True)).queue_sizes == (64,)
     assert devices.prepare(GenericDevice("scsi", "s", (256,) * 3, force=True)).queue_sizes == (256,) * 3
