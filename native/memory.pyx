@@ -77,10 +77,11 @@ cdef class Region:
 
     cdef void _release(self) noexcept:
         cdef int fd = self.fd
-        if self._mapping != NULL:
+        cdef void *mapping = self._mapping
+        self._mapping = NULL  # first: another thread may ask for a buffer while this one is at work
+        if mapping != NULL:
             with nogil:
-                c.munmap(self._mapping, self._mapped)
-            self._mapping = NULL
+                c.munmap(mapping, self._mapped)
         if fd >= 0:
             self.fd = -1
             c.close(fd)

@@ -7,6 +7,8 @@ import fcntl
 import gc
 import mmap
 import os
+import threading
+import time
 
 import pytest
 
@@ -93,6 +95,33 @@ def test_close_refuses_while_a_view_lives(region):
         region.close()
     view[0] = 1
     view.release()
+
+
+def test_close_while_another_thread_asks_for_a_view():
+    """Either the view is there and close refuses, or the region is closed and the view is refused."""
+    for _ in range(20):
+        region = memory.GuestRegion(16 << 20, prefault=True)  # takes a while to unmap
+        seen = []
+
+        def look(region=region, seen=seen):
+            try:
+                while True:
+                    with memoryview(region) as view:
+                        seen.append(view[-1])
+            except ValueError:
+                seen.append("closed")
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        while not seen:
+            time.sleep(0)
+        while region.address:
+            try:
+                region.close()
+            except BufferError:
+                continue
+        thread.join(30)
+        assert seen[-1] == "closed"
 
 
 def test_collected_region_releases_everything():
