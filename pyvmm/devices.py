@@ -207,6 +207,20 @@ def check_together(devices: Iterable[Record]) -> None:
         claimed.add(claim)
 
 
+def check_vectors(prepared: Iterable[Prepared]) -> None:
+    """Refuse more queues than KVM has interrupts for: each device has one more.  Raises ConfigError."""
+    from .irq import MAX_VECTORS
+
+    counts = [(len(device.queue_sizes) + 1, device.name) for device in prepared]
+    total = sum(count for count, _ in counts)
+    if total > MAX_VECTORS:
+        most, name = max(counts)
+        raise ConfigError(
+            f"{total} interrupt vectors for all devices: KVM has {MAX_VECTORS}; "
+            f"give fewer queues, {name} has {most - 1}"
+        )
+
+
 def _claims(device: Any) -> Iterator[str]:
     if getattr(device, "id", ""):
         yield f"id={device.id}"

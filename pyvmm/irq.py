@@ -30,6 +30,7 @@ ROUTE_IRQCHIP, ROUTE_MSI = 1, 2  # KVM_IRQ_ROUTING_*
 PIC_MASTER, PIC_SLAVE, IOAPIC = 0, 1, 2  # KVM_IRQCHIP_*
 PIC_PINS = 8
 MAX_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES on x86
+MAX_VECTORS = MAX_ROUTES - layout.GSI_COUNT - 2 * PIC_PINS  # that MSI leaves for all devices
 
 
 def default_routes() -> list[Route]:

@@ -117,6 +117,7 @@ class Vm:
         config = self.config
         devices.check_together(config.devices)
         self._prepared = [self._own(devices.prepare(device)) for device in config.devices]
+        devices.check_vectors(self._prepared)
         _allow_descriptors(sum(len(device.queue_sizes) for device in self._prepared))
         self.ranges = layout.ram_ranges(config.memory.size)
         self.ram: GuestRegion = self._own(_allocate(config.memory))

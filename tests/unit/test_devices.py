@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fakes.backend import no_new_fds
 
-from pyvmm import devices
+from pyvmm import devices, irq
 from pyvmm.config import DiskDevice, FsDevice, GenericDevice, RngDevice
 from pyvmm.errors import ConfigError
 from pyvmm.record import Record
@@ -149,6 +149,17 @@ def test_two_devices_cannot_share(first: Record, second: Record, claim: str) -> 
     with pytest.raises(ConfigError, match=f"^{claim}: two devices cannot share it"):
         devices.check_together((first, second))
     devices.check_together((first,))
+
+
+def test_queues_of_all_devices_fit_the_vectors() -> None:
+    many = [devices.prepare(GenericDevice("block", f"s{i}", (2,) * 256)) for i in range(16)]
+    devices.check_vectors(many[:15])
+    with pytest.raises(ConfigError, match="^4112 interrupt vectors .* KVM has 4056; .*, block has 256"):
+        devices.check_vectors(many)
+
+
+def test_the_vectors_are_what_the_router_has() -> None:
+    assert irq.MAX_VECTORS + len(irq.default_routes()) == irq.MAX_ROUTES
 
 
 def test_what_two_devices_can_share() -> None:
