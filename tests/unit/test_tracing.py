@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from time import monotonic
 
 import pytest
 from fakes.backend import no_new_fds
+from fakes.program import environment
 
 from pyvmm import config, tracing
 from pyvmm.config import TraceConfig
@@ -141,3 +144,14 @@ def test_lines_of_threads_do_not_mix(tmp_path: Path) -> None:
         thread.join()
     lines.close()
     assert sorted((tmp_path / "f").read_text().splitlines(keepends=True)) == sorted(long * 20)
+
+
+def test_without_the_option_nothing_of_it_is_loaded() -> None:
+    script = (
+        "import sys, pyvmm.cli.boot, pyvmm.cli.run, pyvmm.devices, pyvmm.vhost_user.frontend\n"
+        "print([name for name in sys.modules if 'trac' in name])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout == "[]\n", done.stderr
