@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from fakes.program import environment
 from fuzz import parts, seeds
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyvmm.vhost_user import codec, config_space, session
 from pyvmm.vhost_user.payloads import U64
@@ -85,6 +87,21 @@ def test_the_corpus_notices(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Exception):  # noqa: B017  (a broken stack may fail in any way)
         for data in INPUTS:
             parts.run(data)
+
+
+EDITS = st.lists(st.tuples(st.integers(0, 500), st.binary(max_size=12)), max_size=4)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(seeds.seeds()),
+    st.lists(st.tuples(st.integers(0, 500), st.binary(max_size=12)), max_size=4),
+)
+def test_edited_seeds(data: bytes, edits: list[tuple[int, bytes]]) -> None:
+    """Without a fuzzer: bytes put over, and into, what goes well."""
+    for at, new in edits:
+        data = data[:at] + new + data[at + len(new) * (at % 2) :]
+    parts.run(data or b"\0")
 
 
 def test_fuzzing(tmp_path: Path) -> None:
