@@ -145,7 +145,6 @@ class Frontend:
         """
         with self._lock:
             self._wanted = Wanted(features & self.features, tuple(queues))
-            self._inflight.drop()
             self._carry_out(self._start)
 
     def reset(self) -> None:
