@@ -24,6 +24,7 @@ from guest.devices.place import LIMIT, Place, find_program, why_not
 from guest.devices.rows import Row
 
 SHARE = "/mnt/results"
+CPUS = {"files": 4}  # a disk has no more queues in use than there are CPUs; for the rest one is enough
 # Not busybox's shell: it would run /proc/self/exe, which before /proc is mounted is the file server's.
 INIT = """#!/bin/sh
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -41,6 +42,7 @@ class Boot:
 
     def __init__(self, kernel: str, boot: str, folder: Path) -> None:
         self.kernel = kernel
+        self.boot = boot
         self.folder = folder
         self.outcome: dict[str, Any] = {}
         self.places: list[Place] = []
@@ -102,7 +104,17 @@ class Boot:
         tests = str(Path(__file__).parents[2])
         init.write_text(INIT.format(share=SHARE, tests=tests, python=sys.executable))
         init.chmod(0o755)
-        argv = [sys.executable, "-P", "-m", "pyvmm", "boot", "--kernel", self.kernel, "--cpus", "boot=4"]
+        argv = [
+            sys.executable,
+            "-P",
+            "-m",
+            "pyvmm",
+            "boot",
+            "--kernel",
+            self.kernel,
+            "--cpus",
+            f"boot={CPUS.get(self.boot, 1)}",
+        ]
         argv += ["--memory", "size=768M", "--console", "off", "--serial", f"file={self.folder}/serial"]
         argv += ["--connect-timeout", "60", "--deadline", "30", "--no-reboot"]
         argv += ["--fs", "tag=root,dir=/,readonly=on,cache=always", "--fs", f"tag=results,dir={results}"]
