@@ -25,6 +25,7 @@ from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.messages import ProtocolFeature as P
 from pyvmm.vhost_user.payloads import U64, Config, Inflight, VringState
 from pyvmm.vhost_user.recovery import FAIL, RECONNECT, STOP
+from pyvmm.vhost_user.trace import Trace
 from pyvmm.virtio.queue import QueueSetup
 
 SIZE = 64
@@ -333,6 +334,16 @@ def test_configuration_meanwhile(rig: Rig) -> None:
     assert not rig.changes
 
 
+def test_a_reset_forgets_what_was_written(rig: Rig) -> None:
+    frontend, first = rig.running()
+    frontend.write_config(2, b"w")
+    frontend.reset()
+    second = rig.put()
+    rig.lose(first)
+    rig.until_back()
+    assert "SET_CONFIG" not in second.names
+
+
 def test_another_configuration_is_announced(rig: Rig) -> None:
     frontend, first = rig.running()
     rig.put(config=bytes(range(100, 116)))
@@ -614,3 +625,13 @@ def test_acked_features_are_what_the_driver_took(rig: Rig) -> None:
     rig.until_back()
     assert payloads(second, "SET_FEATURES") == [U64(FEATURES | 1 << 30)]
     assert rig.frontend is not None and rig.frontend.features >> 5 & 1
+
+
+def test_a_trace_goes_on_with_the_next_backend(rig: Rig) -> None:
+    lines: list[str] = []
+    first, _ = rig.put(), rig.put()
+    rig.start(trace=Trace(lines.append).device("dev"))
+    before = len(lines)
+    rig.lose(first)
+    rig.until_back()
+    assert [line.split()[3] for line in lines[before:]][:2] == ["SET_OWNER", "GET_FEATURES"]
