@@ -50,7 +50,7 @@ COMMAND = Command(
         Option("--reconnect-timeout", "SECONDS", "how long to look for it (default: for ever)"),
         Option("--control", "SOCKET", "tell at SOCKET where the virtqueues are (see pyvmm rings)"),
         Option("--no-reboot", "", "end when the guest restarts, with status 0"),
-        Option("--force", "", "allow devices fewer queues than their drivers need"),
+        Option("--force", "", "allow devices what the rules of their kind refuse, such as fewer queues"),
         Option("--trace", "vhost-user[=FILE][,format=json]", "show each message to and from backends"),
         Option("--verbose", "", "say more; twice: everything", short="-v"),
     ),
