@@ -29,6 +29,17 @@ def test_streams_and_status_are_the_commands(machine: Machine, kernel: str) -> N
     assert done.stderr == b"problem\n"
 
 
+@pytest.mark.parametrize(("on_loss", "packed"), [("stop", b"1"), ("reconnect", b"0")])
+def test_a_megabyte_each_way_over_rings_of_both_kinds(machine: Machine, on_loss: str, packed: bytes) -> None:
+    """Rings are packed where nobody has to find out where a lost backend stopped."""
+    data = os.urandom(1_000_000)
+    script = "cut -c35 /sys/bus/virtio/devices/virtio0/features; cat"
+    done = machine.pyvmm("run", "--on-backend-loss", on_loss, "--", "sh", "-c", script, stdin=data).ok()
+    kind, back = done.stdout.split(b"\n", 1)
+    assert kind == packed
+    assert back == data
+
+
 def test_the_guest_sees_this_hosts_files(machine: Machine) -> None:
     paths = ["/etc/debian_version", "/usr/bin/python3", "/usr/lib/qemu/virtiofsd"]
     done = machine.pyvmm("run", "--", "sha256sum", *paths).ok()
