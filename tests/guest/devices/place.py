@@ -16,7 +16,7 @@ from pyvmm import cache
 from pyvmm.guest.modules import ModuleTree
 from pyvmm.host import backends, kernels
 
-LIMIT = 210  # seconds for the guest
+LIMIT = 180  # seconds for the guest
 
 
 class Place:

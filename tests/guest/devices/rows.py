@@ -37,7 +37,7 @@ class Row(NamedTuple):
 
 
 FS_TAG = "device_type=fs,queue_sizes=[512,512],config=[tag={name},num_request_queues=1]"
-FS_ARGS = {"megabytes": 64, "files": 200}
+FS_ARGS = {"megabytes": 32, "files": 60}
 FIO_OK = {"fio": 0}
 
 ROWS = (
@@ -54,22 +54,22 @@ ROWS = (
         "device_type=fs,queue_sizes=[512,512]", args=FS_ARGS, expect=FIO_OK, modules=("loop",),
     ),
     Row(
-        "blk-raw", "block", "files", "disk",
+        "blk-raw", "block", "disks", "disk",
         words=("--disk", "path={image},image_type=raw"),
         args={"size": 33 * MIB, "queues": 1}, expect=FIO_OK,
     ),
     Row(
-        "blk-qcow2", "block", "files", "disk",
+        "blk-qcow2", "block", "disks", "disk",
         words=("--disk", "path={image},image_type=qcow2,num_queues=4"),
         args={"size": 34 * MIB, "format": "qcow2", "queues": 4}, expect=FIO_OK,
     ),
     Row(
-        "blk-readonly", "block", "files", "readonly_disk",
+        "blk-readonly", "block", "disks", "readonly_disk",
         words=("--disk", "path={image},readonly=on"),
         args={"size": 35 * MIB}, expect={"read_only": 1, "open": "EROFS"},
     ),
     Row(
-        "scsi", "scsi", "files", "disk",
+        "scsi", "scsi", "disks", "disk",
         ("vhost-device-scsi", "--socket-path={sock}", "{image}"),
         "device_type=scsi,queue_sizes=[128,128,128]",
         args={"size": 36 * MIB}, expect=FIO_OK,
@@ -116,7 +116,7 @@ ROWS = (
     Row(
         "vsock", "vsock", "vsock", "vsock",
         ("vhost-device-vsock", "--vm", "guest-cid=4,uds-path={dir}/host,socket={sock}"),
-        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 100},
+        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 32},
     ),
     Row(
         "net", "net", "net", "net",
