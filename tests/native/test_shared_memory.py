@@ -18,6 +18,7 @@ from fakes.entropy import restart
 from fakes.program import LIMIT, pvh_elf
 
 from pyvmm import config as cfg
+from pyvmm import layout
 from pyvmm._native.memory import AddressSpace
 from pyvmm.backend import Device, DeviceThread, SharedMemory
 from pyvmm.errors import KvmError
@@ -174,6 +175,75 @@ def test_the_mapping_follows_the_bar(watch):
         assert peek.map(shm_offset=PAGE) == 0
         peek.driver.config.write(pci.COMMAND, 2, command)
         assert peek.sees() == DATA
+
+    watch(steps)
+
+
+BAD_PLACES = {
+    "address 0": 0,
+    "RAM": SEEN & ~0xFFFF,
+    "its own code": BASE,
+    "configuration space": layout.ECAM_BASE,
+    "the IOAPIC": layout.IOAPIC_BASE,
+    "the local APIC": layout.LAPIC_BASE,
+    "the hole's last pages": layout.KVM_TSS,
+    "half of the window": layout.MMIO32_BASE - PAGE,
+    "the last addresses": (1 << 64) - REGION,
+    "its registers": None,
+}
+
+
+@pytest.mark.parametrize("place", BAD_PLACES.values(), ids=BAD_PLACES)
+def test_a_guest_that_puts_it_where_it_must_not(watch, place):
+    """Nobody sees anything there, nothing that is there goes away, and the way back is open."""
+
+    def steps(peek):
+        address = peek.driver.config.bar(0) if place is None else place
+        assert peek.map() == 0 and peek.sees() == DATA
+        for offset, value in ((0, address & 0xFFFF_FFFF), (4, address >> 32)):
+            peek.driver.config.write(pci.BAR0 + 4 * 2 + offset, 4, value)
+        assert peek.sees() == 0xFFFF_FFFF
+        peek.say(0xBAD)
+        assert peek.sees() == 0xFFFF_FFFF and peek.driver.status == 0
+        assert peek.file() != 0xBAD
+        peek.place(PLACE)
+        assert peek.sees() == DATA
+
+    watch(steps)
+
+
+def test_it_moves_from_two_sides_while_it_is_read_and_mapped(watch):
+    def steps(peek):
+        over, failures = threading.Event(), []
+        command = peek.driver.config.read(pci.COMMAND, 2)
+
+        def beside(*actions):
+            try:
+                while not over.is_set():
+                    for action in actions:
+                        action()
+            except BaseException as problem:
+                failures.append(problem)
+
+        def decode(on):
+            peek.driver.config.write(pci.COMMAND, 2, command if on else command & ~pci.COMMAND_MEMORY)
+
+        sides = (
+            (lambda: decode(False), lambda: decode(True)),
+            (lambda: peek.place(ELSEWHERE), lambda: peek.place(PLACE)),
+        )
+        threads = [threading.Thread(target=beside, args=actions) for actions in sides]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            assert (peek.map(), peek.unmap()) == (0, 0)
+        over.set()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        decode(True)
+        peek.place(PLACE)
+        assert peek.map() == 0 and peek.sees() == DATA
 
     watch(steps)
 
