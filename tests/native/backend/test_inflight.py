@@ -91,6 +91,15 @@ def test_successor_gets_the_chains_in_their_order_then_new_ones(tracked):
     assert [chain.head for chain in drain(third)] == [heads[1], heads[2], heads[4], heads[5], *new]
 
 
+def test_order_is_that_of_taking_not_of_descriptors(tracked):
+    tracked.queue.free.reverse()
+    heads = tracked.offer(5)
+    assert heads == sorted(heads, reverse=True)
+    drain(tracked.ring())
+    for _ in range(2):  # a second successor finds the same
+        assert [chain.head for chain in drain(tracked.ring())] == heads
+
+
 def killed_before_the_index(tracked, head):
     """last_batch_head is set, the used index has not moved."""
     struct.pack_into("=H", tracked.area, 12, head)
