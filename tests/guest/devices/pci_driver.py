@@ -71,6 +71,8 @@ class Device:
         self._path = path
 
     def __enter__(self) -> Device:
+        if (self._path / "driver").exists():  # Linux's virtio-pci takes every function, for any driver
+            (self._path / "driver/unbind").write_text(self._path.name)
         (self._path / "enable").write_text("1")
         with open(self._path / "config", "r+b", buffering=0) as file:
             space = file.read(256)
