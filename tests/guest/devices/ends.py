@@ -106,6 +106,7 @@ def talk_console(place: Place) -> None:
     keys = os.urandom(place.row.args["keys"]).hex().encode()[: place.row.args["keys"]]
     with socket.create_connection(("127.0.0.1", 12345)) as sock:
         sock.settimeout(LIMIT)
+        assert sock.recv(1) == b">"
         for at in range(len(keys)):
             sock.sendall(keys[at : at + 1])
             assert sock.recv(1) == keys[at : at + 1]

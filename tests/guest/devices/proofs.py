@@ -180,12 +180,13 @@ def rng(name: str, args: dict[str, Any]) -> dict[str, Any]:
 def console(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """The terminal hvc0 carries what is typed, and text back.
 
-    One key at a time and plain text, since the released backend completes a buffer once for each
-    byte that it puts there, and ends when text is not UTF-8.
+    The guest begins, one key at a time, plain text: the released backend drops keys before the guest
+    has written, completes a buffer once for each byte in it, and ends when text is not UTF-8.
     """
     fd = os.open("/dev/hvc0", os.O_RDWR | os.O_NOCTTY)
     tty.setraw(fd)
     say(name, "ready")
+    os.write(fd, b">")
     keys = b""
     for _ in range(args["keys"]):
         keys += os.read(fd, 1)
