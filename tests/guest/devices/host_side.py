@@ -93,6 +93,8 @@ class Boot:
             process = subprocess.Popen(
                 argv, stdout=log, stderr=log, env={**os.environ, **env}, stdin=subprocess.PIPE
             )
+        if row.polls:
+            os.setpriority(os.PRIO_PROCESS, process.pid, 19)
         self._processes.append(process)
 
     def _start_machine(self) -> subprocess.Popen[bytes]:

@@ -32,6 +32,7 @@ class Row(NamedTuple):
     expect: dict[str, Any] = {}  # noqa: RUF012
     suffix: str = ""  # what the backend appends to the socket's path
     modules: tuple[str, ...] = ()  # of the host's kernel
+    polls: bool = False  # without end, so that everything else must go first
     absent: str = ""  # why it cannot be tried anywhere yet
     env: tuple[tuple[str, str], ...] = ()
 
@@ -124,6 +125,7 @@ ROWS = (
          "--vdev=net_vhost0,iface={sock},queues=1", "--vdev=net_tap0,iface=dtap0",
          "--", "--auto-start", "--forward-mode=io", "--total-num-mbufs=4096"),
         "device_type=net,queue_sizes=[256,256]", args={"megabytes": 16}, expect={"ping": 0}, modules=("tun",),
+        polls=True,
     ),
     Row(
         "gpu-qemu", "gpu", "gpu", "gpu",
