@@ -1,4 +1,7 @@
-"""A guest in whose BAR a backend maps files: real bytes in both directions, and what is left of them."""
+"""A guest in whose BAR a backend maps files: real bytes in both directions, and what is left of them.
+
+In one file because every case plays the same guest.
+"""
 
 from __future__ import annotations
 
