@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+from contextlib import suppress
 
 import pytest
 
@@ -323,6 +324,19 @@ def test_kills_at_any_moment_lose_and_repeat_nothing_that_the_driver_sees(life):
         life.kill()
         life.start()
     assert done > 500
+
+
+def test_successor_makes_up_for_a_call_that_the_kill_prevented(life):
+    life.queue.add([b"x"], [1])
+    life.queue.kick()
+    while life.ram.u16(life.queue.used + 2) == 0:
+        os.sched_yield()
+    life.kill()
+    with suppress(BlockingIOError):  # the call came after all: lose it
+        os.eventfd_read(life.queue.call_fd)
+    life.start()
+    assert life.queue.wait(20)[0][1] == b"X"
+    os.eventfd_read(life.queue.call_fd)  # was there, or this raises
 
 
 def test_orderly_stop_leaves_nothing_in_flight(life):
