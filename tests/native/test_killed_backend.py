@@ -71,7 +71,7 @@ class Life:
                 except ConfigError:
                     self.failed_at = "connect"
                 else:
-                    self._use(frontend, loop, rings)
+                    self._use(frontend, loop, rings, moment)
                 process.close()
             self.seen = traced.seen
         finally:
@@ -80,8 +80,12 @@ class Life:
             loop.close()
             memory.close()
 
-    def _use(self, frontend: Frontend, loop: EventLoop, rings: list[Ring]) -> None:
-        frontend.on_lost = self.lost.append
+    def _use(self, frontend: Frontend, loop: EventLoop, rings: list[Ring], moment: str) -> None:
+        def note(reason: str) -> None:
+            self.lost.append(reason)
+            loop.stop()
+
+        frontend.on_lost = note
         frontend.start_watching()
         steps: dict[str, Callable[[], object]] = {
             "read": lambda: frontend.read_config(0, 8),
@@ -95,7 +99,7 @@ class Life:
                 step()
             except ProtocolError:
                 self.failed_at = self.failed_at or name
-        loop.call_later(0.05, loop.stop)
+        loop.call_later(5.0 if moment else 0.05, loop.stop)
         loop.run()
         frontend.close()
 
