@@ -153,7 +153,7 @@ class Connection:
     def _handle(self, message: Message) -> None:
         try:
             self._responder.received(message)
-            handler = HANDLERS.get(message.request.id)
+            handler = self._handler(message)
             if handler is None:
                 raise RemoteProtocolError(f"{message.request.name} is not served")
             data = self._outcome(handler, message)
@@ -162,6 +162,9 @@ class Connection:
             message.close()
             while self._reply_fds:
                 os.close(self._reply_fds.pop())
+
+    def _handler(self, message: Message) -> Callable[..., Payload | None] | None:
+        return HANDLERS.get(message.request.id)
 
     def _outcome(self, handler: Callable[..., Payload | None], message: Message) -> bytes:
         """Do what the message asks for; the answer's bytes, if one is due."""

@@ -39,6 +39,7 @@ class Device:
     queue_sizes: tuple[int, ...] = (256,)
     shared_memory: Mapping[int, int] = {}
     inflight = True
+    connection_class: type[Connection] | None = None  # one that does more with messages
     threaded = False  # True: `on_start` runs its own thread, which alone touches ring and kick
 
     def __init__(self) -> None:

@@ -50,7 +50,8 @@ class Server:
         self._device.close()
 
     def _connect(self, sock: socket) -> None:
-        self._connection = Connection(self._device, sock, self._loop, self._on_end)
+        make = self._device.connection_class or Connection
+        self._connection = make(self._device, sock, self._loop, self._on_end)
 
     def _on_client(self) -> None:
         assert self._listener is not None

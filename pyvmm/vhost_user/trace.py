@@ -178,7 +178,7 @@ class DeviceTrace:
 
     def exchange(self, converse: Converse, name: str, payload: Payload, fds: Sequence[int]) -> Exchange:
         """Do what `converse` does with a request of ours, and tell of both messages."""
-        asked, features = Asked(FRONTEND, name), _features(SETTLED_BY_REQUEST.get(name), payload)
+        asked, features = Asked(FRONTEND, name), feature_names(SETTLED_BY_REQUEST.get(name), payload)
         self._trace.add(
             self._name, asked, FRONTEND, REQUEST, payload=payload, fds=len(fds), features=features
         )
@@ -189,7 +189,7 @@ class DeviceTrace:
             raise
         if message is not None:
             kind = REPLY if FRONTEND_REQUESTS.by_name[name].reply else ACK
-            features = _features(SETTLED_BY_REPLY.get(name), reply)
+            features = feature_names(SETTLED_BY_REPLY.get(name), reply)
             count = len(message.fds)
             self._trace.add(self._name, asked, BACKEND, kind, payload=reply, fds=count, features=features)
         return reply, message
@@ -208,7 +208,7 @@ class DeviceTrace:
             self._trace.add(self._name, asked, FRONTEND, ACK, payload=U64(status))
 
 
-def _features(word: str | None, payload: Payload) -> tuple[str, ...] | None:
+def feature_names(word: str | None, payload: Payload) -> tuple[str, ...] | None:
     """The names of the bits that `payload` settles, if that is what it does."""
     if word is None or not isinstance(payload, U64):
         return None
