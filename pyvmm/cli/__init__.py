@@ -26,6 +26,7 @@ COMMANDS = {
     "devices": "list the kinds of devices, their drivers and backends",
     "doctor": "say what this host can do, and how to mend what it cannot",
     "rings": "show the virtqueues of a running machine",
+    "trace": "show a recorded vhost-user session, or have it again",
     "kernel": "list, fetch or build guest kernels",
 }
 _CURES = {
