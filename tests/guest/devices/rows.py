@@ -117,7 +117,7 @@ ROWS = (
     Row(
         "vsock", "vsock", "vsock", "vsock",
         ("vhost-device-vsock", "--vm", "guest-cid=4,uds-path={dir}/host,socket={sock}"),
-        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 32},
+        "device_type=vsock,queue_sizes=[1024,1024,1024]", args={"megabytes": 100},
     ),
     Row(
         "net", "net", "net", "net",
