@@ -167,9 +167,12 @@ def talk_net(place: Place) -> None:
     """The host's end of the switch: an address, and an iperf3 server for two runs."""
     wait_for_path("/sys/class/net/dtap0")
     subprocess.run(["busybox", "ifconfig", "dtap0", "10.9.0.1", "netmask", "255.255.255.0", "up"], check=True)
-    for way in ("out", "in"):
-        done = subprocess.run(["iperf3", "-s", "-1", "-J"], capture_output=True, check=True)
-        total = json.loads(done.stdout)["end"]["sum_received" if way == "out" else "sum_sent"]["bytes"]
+    for way, end in (("out", "sum_received"), ("in", "sum_sent")):
+        ended: dict[str, Any] = {}
+        while end not in ended:  # a client that failed tries again
+            done = subprocess.run(["iperf3", "-s", "-1", "-J"], capture_output=True, check=False)
+            ended = json.loads(done.stdout)["end"]
+        total = ended[end]["bytes"]
         place.report[way] = min(total // MIB, place.row.args["megabytes"])  # a sender may be ahead
 
 

@@ -31,7 +31,8 @@ PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs tmp /run; mount -t tmpfs tmp /mnt
 busybox ifconfig lo 127.0.0.1 up
 mkdir {share}; mount -t virtiofs results {share}
-cd /run; RESULTS={share} PYTHONPATH={tests} {python} -P -m guest.devices.guest_side >{share}/guest.log 2>&1
+export TMPDIR=/run RESULTS={share} PYTHONPATH={tests}
+cd /run; {python} -P -m guest.devices.guest_side >{share}/guest.log 2>&1
 sync
 busybox poweroff -f
 """
