@@ -24,7 +24,7 @@ from guest.devices.place import LIMIT, Place, find_program, why_not
 from guest.devices.rows import Row
 
 SHARE = "/mnt/results"
-CPUS = {"disks": 4}  # a disk has no more queues in use than there are CPUs; for the rest one is enough
+CPUS = {"queues": 4}  # a disk has no more queues in use than CPUs; the lab is slow with more than one
 # Not busybox's shell: it would run /proc/self/exe, which before /proc is mounted is the file server's.
 INIT = """#!/bin/sh
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin

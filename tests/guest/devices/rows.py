@@ -60,7 +60,7 @@ ROWS = (
         args={"size": 33 * MIB, "queues": 1}, expect=FIO_OK,
     ),
     Row(
-        "blk-qcow2", "block", "disks", "disk",
+        "blk-qcow2", "block", "queues", "disk",
         words=("--disk", "path={image},image_type=qcow2,num_queues=4"),
         args={"size": 34 * MIB, "format": "qcow2", "queues": 4}, expect=FIO_OK,
     ),
