@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import struct
+from time import monotonic, sleep
 
 import pytest
 
@@ -62,8 +63,11 @@ class Driver:
         return True
 
     def settle(self):
-        """Wait until the device has served everything: it answers messages in between."""
-        self.frontend.number("GET_FEATURES")
+        """Wait until the device has taken the kick, and then until its thread has served that."""
+        end = monotonic() + 10
+        while select.select([self.queue.kick_fd], [], [], 0)[0]:
+            assert monotonic() < end, "the device does not take its kick"
+            sleep(0.001)
         self.frontend.number("GET_FEATURES")
 
     def close(self):

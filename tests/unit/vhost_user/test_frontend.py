@@ -522,6 +522,13 @@ HOSTILE: dict[str, tuple[fake.Action, str]] = {
     "33 descriptors": (fake.with_fds(33), "descriptors came with one message"),
     "noise": (fake.noise, "with flags 0x312e312f"),
 }
+
+
+def deadline(message: str) -> float:
+    """Short only where a backend is silent: a busy machine answers late, too."""
+    return SHORT if message.endswith("in time") else 10.0
+
+
 FATAL_ACKS = {"status 1": (fake.status(1), "refused"), "status -1": (fake.status((1 << 64) - 1), "refused")}
 
 
@@ -531,7 +538,7 @@ def test_hostile_at_start(bench: Bench, case: str, name: str) -> None:
     action, message = HOSTILE[case]
     backend = bench.backend(script={name: action})
     with pytest.raises(ConfigError, match=message) as caught:
-        bench.frontend(backend, deadline=SHORT)
+        bench.frontend(backend, deadline=deadline(message))
     assert str(caught.value).startswith("dev: no vhost-user dialogue with backend: ")
 
 
@@ -540,7 +547,7 @@ def test_hostile_at_start(bench: Bench, case: str, name: str) -> None:
 def test_hostile_at_activation(bench: Bench, case: str, name: str) -> None:
     action, message = (HOSTILE | FATAL_ACKS)[case]
     backend = bench.backend(script={name: action})
-    frontend = bench.watched(backend, deadline=SHORT)
+    frontend = bench.watched(backend, deadline=deadline(message))
     with pytest.raises(RemoteProtocolError, match=message):
         frontend.activate(1 << 32, bench.queues())
     until(lambda: bench.lost)
@@ -551,11 +558,11 @@ def test_hostile_at_activation(bench: Bench, case: str, name: str) -> None:
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("name", ["GET_VRING_BASE", "GET_CONFIG"])
 def test_hostile_later(bench: Bench, case: str, name: str) -> None:
-    action, _ = HOSTILE[case]
+    action, message = HOSTILE[case]
     if case == "short" and name == "GET_VRING_BASE":
         action = fake.size(9)
     backend = bench.backend(script={("GET_CONFIG", 1): action, "GET_VRING_BASE": action})
-    frontend = bench.watched(backend, deadline=SHORT)
+    frontend = bench.watched(backend, deadline=deadline(message))
     frontend.activate(1 << 32, bench.queues())
     if name == "GET_CONFIG":
         assert frontend.read_config(0, 2) == b"\0\1"
