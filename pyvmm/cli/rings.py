@@ -46,7 +46,11 @@ def main(argv: Sequence[str]) -> int:
             "SOCKET is missing: name the --control socket of a machine (see pyvmm rings --help)"
         )
     from ..control import ask
-    from ..ringview import BROKEN, STUCK, packed
+
+    try:
+        from ..ringview import BROKEN, STUCK, packed
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"pyvmm rings needs {error.name}: pip install 'pyvmm[numpy]'") from None
 
     seconds = config.seconds("--seconds", given.text("seconds", "1"))
     machine, ram_fd = ask(given.words[0])

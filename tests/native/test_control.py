@@ -172,3 +172,11 @@ def test_what_is_no_control_socket(tmp_path, what):
 def test_bad_words(words):
     with pytest.raises(ConfigError):
         rings.main(words)
+
+
+def test_without_numpy(monkeypatch):
+    monkeypatch.delitem(sys.modules, "pyvmm.ringview", raising=False)
+    monkeypatch.delattr("pyvmm.ringview", raising=False)
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    with pytest.raises(ConfigError, match=r"needs numpy: pip install 'pyvmm\[numpy\]'"):
+        rings.main(["/run/vm.sock"])
