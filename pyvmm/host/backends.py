@@ -20,7 +20,7 @@ from .handover import BackendProcess, ListeningProcess
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ..config import DiskDevice, FsDevice
 
@@ -46,14 +46,18 @@ READ_ONLY_ERRORS = (errno.EPERM, errno.EACCES, errno.EROFS)
 # -- finding -----------------------------------------------------------------------
 
 
-def find_program(name: str) -> str | None:
-    """Absolute path of a program in PATH, in cargo's directory, QEMU's, or where scripts/backends puts it."""
+def find_programs(name: str) -> Iterator[str]:
+    """Absolute paths in PATH, in cargo's directory, QEMU's, and where scripts/backends puts programs."""
     home = os.environ.get("HOME", "")
     dirs = [*os.get_exec_path(), f"{home}/.cargo/bin", *LIBRARY_DIRS, cache.directory("backends", "bin")]
     for path in (os.path.join(folder, name) for folder in dirs if folder):
         if os.access(path, os.X_OK) and os.path.isfile(path):
-            return os.path.abspath(path)
-    return None
+            yield os.path.abspath(path)
+
+
+def find_program(name: str) -> str | None:
+    """The first of `find_programs`."""
+    return next(find_programs(name), None)
 
 
 class Description(Record):

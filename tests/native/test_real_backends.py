@@ -96,20 +96,14 @@ def rig() -> Iterator[Rig]:
 # -- virtiofsd ---------------------------------------------------------------------
 
 
-def installed(name: str) -> list[str]:
-    """Every program of that name where one is looked for."""
-    folders = [*os.get_exec_path(), os.path.expanduser("~/.cargo/bin"), *backends.LIBRARY_DIRS]
-    paths = dict.fromkeys(os.path.realpath(os.path.join(folder, name)) for folder in folders)
-    return [path for path in paths if os.path.isfile(path)]
-
-
 @pytest.fixture(params=["c", "rust"])
 def virtiofsd(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two programs of this name, made the one that is found."""
     kind = str(request.param)
-    found = [path for path in installed("virtiofsd") if backends.is_c_virtiofsd(path) == (kind == "c")]
+    programs = backends.find_programs("virtiofsd")
+    found = [path for path in programs if backends.is_c_virtiofsd(path) == (kind == "c")]
     if not found:
-        where = {"c": "apt install qemu-system-common", "rust": "cargo install virtiofsd"}
+        where = {"c": "apt install qemu-system-common", "rust": "scripts/backends virtiofsd"}
         pytest.skip(f"the {kind} virtiofsd is not installed; {where[kind]}")
     if kind == "c" and os.geteuid():
         pytest.skip("QEMU's virtiofsd needs root")

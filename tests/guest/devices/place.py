@@ -12,7 +12,6 @@ from typing import Any
 
 from guest.devices.rows import Row
 
-from pyvmm import cache
 from pyvmm.guest.modules import ModuleTree
 from pyvmm.host import backends, kernels
 
@@ -70,11 +69,8 @@ def wait_for_path(path: Path | str, seconds: float = LIMIT) -> None:
 def find_program(name: str) -> str | None:
     """A backend's path; `rust-virtiofsd` is the one in Rust, wherever it is."""
     if name == "rust-virtiofsd":
-        places = (
-            cache.directory("backends", "bin", "virtiofsd"),
-            os.path.expanduser("~/.cargo/bin/virtiofsd"),
-        )
-        return next((path for path in places if os.access(path, os.X_OK)), None)
+        programs = backends.find_programs("virtiofsd")
+        return next((path for path in programs if not backends.is_c_virtiofsd(path)), None)
     if os.path.isabs(name):
         return name if os.access(name, os.X_OK) else None
     return backends.find_program(name)
