@@ -210,7 +210,7 @@ class Connection:
         """The negotiation has kept them already."""
 
     def get_queue_num(self, payload: Empty, message: Message) -> Payload:
-        return U64(len(self.queues))
+        return U64(self.device.queue_num)
 
     def set_backend_req_fd(self, payload: Empty, message: Message) -> None:
         if self._backend_channel is not None:

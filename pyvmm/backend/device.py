@@ -52,6 +52,11 @@ class Device:
         """The virtqueues, while a frontend is connected."""
         return self.connection.queues if self.connection is not None else ()
 
+    @property
+    def queue_num(self) -> int:
+        """What GET_QUEUE_NUM tells: the number of queues, or of pairs for network devices, as QEMU has it."""
+        return len(self.queue_sizes)
+
     # -- life ----------------------------------------------------------------------------
 
     def open(self, loop: DeviceLoop) -> None:
