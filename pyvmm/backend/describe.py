@@ -21,6 +21,7 @@ from .program import TYPES
 KINDS = {
     "blk": "raw disk images, by pyvmm",
     "console": "console ports on terminals, files and sockets, by pyvmm",
+    "net": "network cards at TAP interfaces and stream sockets, by pyvmm",
     "rng": "random bytes, by pyvmm",
 }
 PREFIX = "50-pyvmm-"

@@ -63,11 +63,12 @@ _QEMU_GPU = Backend("vhost-user-gpu --socket-path {socket}", "config=[num_scanou
 _TESTPMD = Backend(
     "dpdk-testpmd --no-pci --vdev net_vhost0,iface={socket},queues=1 --vdev net_tap0 -- --auto-start"
 )
+_PASST = Backend("passt --vhost-user --socket {socket}")
 _VIRTIOFSD = Backend("virtiofsd --socket-path {socket} --shared-dir . --tag root")
 _VSOCK = Backend("vhost-device-vsock --vm guest-cid=4,uds-path=/run/host,socket={socket}")
 
 SERVED = {
-    1: Served(("VIRTIO_NET",), (_TESTPMD,), (Backend("passt --vhost-user --socket {socket}"),)),
+    1: Served(("VIRTIO_NET",), (_TESTPMD, _ours("net", " --tap tap0")), (_PASST,)),
     2: Served(
         ("VIRTIO_BLK",), (_QEMU_DISK, _ours("blk", " --blk-file disk.raw")), option="--disk path=disk.raw"
     ),

@@ -323,7 +323,7 @@ def test_descriptions_are_found_and_their_programs_run(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "da ta"))
     describe.main([])
     ours = [entry for entry in backends.descriptions() if "pyvmm" in entry.path.rsplit("/", 1)[1]]
-    assert [entry.type for entry in ours] == ["block", "console", "rng"]
+    assert [entry.type for entry in ours] == ["block", "console", "net", "rng"]
     for entry in ours:
         done = subprocess.run(
             [entry.binary, "--print-capabilities"], check=True, capture_output=True, timeout=20
