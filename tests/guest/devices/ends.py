@@ -164,9 +164,10 @@ def talk_keyboard(place: Place) -> None:
 
 
 def talk_net(place: Place) -> None:
-    """The host's end of the switch: an address, and an iperf3 server for two runs."""
-    wait_for_path("/sys/class/net/dtap0")
-    subprocess.run(["busybox", "ifconfig", "dtap0", "10.9.0.1", "netmask", "255.255.255.0", "up"], check=True)
+    """The host's end of the wire: an address, and an iperf3 server for two runs."""
+    tap = place.row.args["tap"]
+    wait_for_path(f"/sys/class/net/{tap}")
+    subprocess.run(["busybox", "ifconfig", tap, "10.9.0.1", "netmask", "255.255.255.0", "up"], check=True)
     for way, end in (("out", "sum_received"), ("in", "sum_sent")):
         ended: dict[str, Any] = {}
         while end not in ended:  # a client that failed tries again

@@ -309,16 +309,18 @@ def keyboard(name: str, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def net(name: str, args: dict[str, Any]) -> dict[str, Any]:
-    """ping, and iperf3 both ways, across the switch to the host."""
+    """ping, and iperf3 both ways, to the host."""
     card = next(path.name for path in Path("/sys/class/net").iterdir() if (path / "device").exists())
     subprocess.run(["busybox", "ifconfig", card, "10.9.0.2", "netmask", "255.255.255.0", "up"], check=True)
-    whole_checksums(card)
+    if not args["offloads"]:
+        whole_checksums(card)
     say(name, "up")
     ping = ["busybox", "ping", "-c", "5", "-w", "30", "10.9.0.1"]
     report: dict[str, Any] = {"ping": subprocess.run(ping, capture_output=True, check=False).returncode}
     for way, more in (("out", []), ("in", ["--reverse"])):
         done = iperf3("-c", "10.9.0.1", "-n", f"{args['megabytes']}M", *more)
         report[way] = min(done["end"]["sum_received"]["bytes"] // MIB, args["megabytes"])
+        report[f"{way}_mbit"] = round(done["end"]["sum_received"]["bits_per_second"] / 1e6)
     return report
 
 

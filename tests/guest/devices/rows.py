@@ -124,8 +124,14 @@ ROWS = (
         ("dpdk-testpmd", "--no-huge", "-m", "128", "--no-pci", "--file-prefix=pyvmm", "-l", "0,1",
          "--vdev=net_vhost0,iface={sock},queues=1", "--vdev=net_tap0,iface=dtap0",
          "--", "--auto-start", "--forward-mode=io", "--total-num-mbufs=4096"),
-        "device_type=net,queue_sizes=[256,256]", args={"megabytes": 16}, expect={"ping": 0}, modules=("tun",),
-        polls=True,
+        "device_type=net,queue_sizes=[256,256]", args={"megabytes": 16, "tap": "dtap0", "offloads": False},
+        expect={"ping": 0}, modules=("tun",), polls=True,
+    ),
+    Row(
+        "net-tap", "net", "tap", "net",
+        ("{python}", "-P", "-m", "pyvmm.backend.net", "--socket-path={sock}", "--tap=ptap0"),
+        "device_type=net", args={"megabytes": 64, "tap": "ptap0", "offloads": True},
+        expect={"ping": 0}, modules=("tun",),
     ),
     Row(
         "gpu-qemu", "gpu", "gpu", "gpu",
