@@ -79,9 +79,8 @@ def find_program(name: str) -> str | None:
 def load_module(name: str) -> bool:
     """Whether this host's kernel has a module, loaded now; in the lab it is not in /lib/modules."""
     places = [f"/lib/modules/{os.uname().release}", *(kernel.modules for kernel in kernels.find_kernels())]
-    tree = next(
-        (place for place in places if place and os.uname().release in place and os.path.isdir(place)), None
-    )
+    trees = [place for place in places if place and os.uname().release in place]
+    tree = next((place for place in trees if os.path.isdir(f"{place}/kernel")), None)  # headers have none
     if tree is None or not ModuleTree(tree).has(name):
         return False
     for module, contents in ModuleTree(tree).resolve([name]):
