@@ -108,6 +108,17 @@ class RngDevice(Record):
     id: str = ""
 
 
+class NetDevice(Record):
+    """A network card at the TAP interface `tap`, or at a stream socket such as passt's; `mac` is six bytes,
+    or nothing for one that the driver makes up, `mtu` 0 for the usual."""
+
+    tap: str = ""
+    stream: str = ""
+    mac: bytes = b""
+    mtu: int = 0
+    id: str = ""
+
+
 class ConsolePort(Record):
     """One further port of the console device, `name`d, carried by a connected stream socket."""
 
@@ -198,6 +209,13 @@ FS_KEYS = (
 )
 RNG_KEYS = (
     Key("src", _plain_path, "/dev/urandom"),
+    Key("id", options.string, ""),
+)
+NET_KEYS = (
+    Key("tap", options.string, ""),
+    Key("stream", _plain_path, ""),
+    Key("mac", options.mac, b""),
+    Key("mtu", options.mtu, 0),
     Key("id", options.string, ""),
 )
 TRACE_KEYS = (
@@ -306,6 +324,14 @@ def _one_of(option: str, value: str, values: tuple[str, ...]) -> None:
 def rng(text: str) -> RngDevice:
     """`src=FILE`."""
     return RngDevice(**options.parse("--rng", text, RNG_KEYS))
+
+
+def net(text: str) -> NetDevice:
+    """`tap=NAME` or `stream=PATH`, and `mac=`, `mtu=`."""
+    values = options.parse("--net", text, NET_KEYS)
+    if bool(values["tap"]) == bool(values["stream"]):
+        raise ConfigError("--net: one of tap= (an interface) and stream= (passt's socket) is needed")
+    return NetDevice(**values)
 
 
 def stream(option: str, text: str) -> StreamConfig:

@@ -1,6 +1,6 @@
 """From device options to vhost-user backends: which kind, which queues, who serves it.
 
-It owns the conveniences (`--disk`, `--fs`, `--console`, `--rng` start a backend each) and
+It owns the conveniences (`--disk`, `--fs`, `--console`, `--rng`, `--net` start a backend each) and
 the checks that need the table of kinds.  Every one of them ends as the same thing, a
 `Prepared` device that the generic frontend connects to; there is no second device model.
 What only some of the options need is imported by their functions.
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from .backend.device import Device
     from .backend.process import DeviceProcess
+    from .backend.wire import Wire
     from .loop import EventLoop
     from .record import Record
     from .streams import Stream
@@ -230,6 +231,8 @@ def _claims(device: Any) -> Iterator[str]:
         yield f"fd {device.fd}"
     if isinstance(device, cfg.FsDevice):
         yield f"--fs: tag={device.tag}"
+    if isinstance(device, cfg.NetDevice) and device.tap:
+        yield f"--net: tap={device.tap}"
     if isinstance(device, cfg.DiskDevice) and not device.readonly:
         yield f"--disk: path={device.path}"
 
@@ -322,6 +325,39 @@ def _rng(device: cfg.RngDevice) -> Prepared:
     return _python(device.id or "rng", "rng", (256,), lambda: process.spawn(make, name="rng"))
 
 
+def _net(device: cfg.NetDevice) -> Prepared:
+    from .backend import process
+    from .backend.wire import plug
+
+    def spawn() -> DeviceProcess:
+        wire = _plugged(device)  # here, where it can be told what is wrong with it
+        wires = [wire]
+
+        def make() -> Device:
+            from .backend.net import Net
+
+            def connect() -> Wire:
+                return wires.pop() if wires else plug(device.tap, device.stream)
+
+            return Net(connect, mac=device.mac, mtu=device.mtu)
+
+        try:
+            return process.spawn(make, [wire.fileno()], name="net")
+        finally:
+            wire.close()
+
+    return _python(device.id or f"net {device.tap or device.stream}", "net", (256, 256), spawn)
+
+
+def _plugged(device: cfg.NetDevice) -> Wire:
+    from .backend.wire import plug
+
+    try:
+        return plug(device.tap, device.stream)
+    except ConfigError as error:
+        raise ConfigError(f"--net: {error}") from None
+
+
 def _console(device: cfg.ConsoleDevice) -> Prepared:
     from .backend import process
     from .backend.endpoints import PortConfig
@@ -367,4 +403,5 @@ _MAKERS: dict[type, Callable[[Any], Prepared]] = {
     cfg.DiskDevice: _disk,
     cfg.RngDevice: _rng,
     cfg.ConsoleDevice: _console,
+    cfg.NetDevice: _net,
 }

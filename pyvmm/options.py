@@ -123,6 +123,25 @@ def integers(text: str) -> tuple[int, ...]:
     return tuple(out)
 
 
+def mac(text: str) -> bytes:
+    """The address of one network card: six bytes in hexadecimal, not a group's."""
+    try:
+        address = bytes(int(part, 16) for part in dequote(text).split(":"))
+    except ValueError:
+        address = b""
+    if len(address) != 6 or address[0] & 1 or not any(address):
+        raise ValueError("the address of one card is needed, such as 52:54:00:12:34:56")
+    return address
+
+
+def mtu(text: str) -> int:
+    """The largest packet of a network, as virtio allows it (1.3, section 5.1.4.1)."""
+    value = integer(text)
+    if not 68 <= value <= 65535:
+        raise ValueError("a number from 68 to 65535 is needed")
+    return value
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean X?` for the word most like `word`, or nothing."""
     from difflib import get_close_matches

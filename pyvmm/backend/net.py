@@ -11,7 +11,7 @@ A stream is tried again each second; a TAP interface that somebody deleted is no
 
 from __future__ import annotations
 
-from .. import log
+from .. import log, options
 from ..errors import ConfigError
 from .config import ConfigSpace
 from .device import Device
@@ -23,15 +23,15 @@ from .wire import (
     LEAST,
     MOST,
     Gone,
-    StreamWire,
-    TapWire,
     Wire,
+    plug,
 )
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable
+    from typing import Any
 
     from .._native.vring import Chain
     from ..loop import Timer
@@ -42,8 +42,6 @@ RX, TX = 0, 1
 F_MTU, F_MAC, F_STATUS = (1 << bit for bit in (3, 5, 16))
 S_LINK_UP = 1
 CONFIG = (("mac", 6), ("status", 2), ("max_virtqueue_pairs", 2), ("mtu", 2))
-MTU_MIN, MTU_MAX = 68, 65535  # section 5.1.4.1
-MAC_BYTES = 6
 
 HDR_F_NEEDS_CSUM = 1
 GSO = {1: F_GUEST_TSO4, 4: F_GUEST_TSO6}  # gso_type: the feature that it needs
@@ -263,34 +261,21 @@ class Net(Device):
         self.config_changed()
 
 
-def parse_mac(text: str) -> bytes:
-    """An address of one station; ConfigError for anything else."""
-    try:
-        mac = bytes(int(part, 16) for part in text.split(":"))
-    except ValueError:
-        mac = b""
-    if len(mac) != MAC_BYTES or mac[0] & 1 or not any(mac):
-        raise ConfigError(f"--mac {text}: not the address of one station, such as 52:54:00:12:34:56")
-    return mac
-
-
-def parse_mtu(text: str) -> int:
-    """A number of bytes that the specification allows; ConfigError for anything else."""
-    if not (text.isdecimal() and MTU_MIN <= int(text) <= MTU_MAX):
-        raise ConfigError(f"--mtu {text}: not a number from {MTU_MIN} to {MTU_MAX}")
-    return int(text)
-
-
 def make(arguments: argparse.Namespace) -> Net:
     """The device for the command line; ConfigError when it makes no sense."""
-    tap, stream = arguments.tap, arguments.stream
-    if bool(tap) == bool(stream):
+    if bool(arguments.tap) == bool(arguments.stream):
         raise ConfigError("one of --tap and --stream must be given")
-    return Net(
-        lambda: TapWire(tap) if tap else StreamWire(stream),
-        mac=parse_mac(arguments.mac) if arguments.mac else b"",
-        mtu=parse_mtu(arguments.mtu) if arguments.mtu else 0,
-    )
+    mac, mtu = (_converted(arguments, name) for name in ("mac", "mtu"))
+    return Net(lambda: plug(arguments.tap, arguments.stream), mac=mac or b"", mtu=mtu or 0)
+
+
+def _converted(arguments: argparse.Namespace, name: str) -> Any:
+    """The value of an option that has a converter of the same name; None when it was not given."""
+    text = getattr(arguments, name)
+    try:
+        return getattr(options, name)(text) if text else None
+    except ValueError as error:
+        raise ConfigError(f"--{name} {text}: {error}") from None
 
 
 if __name__ == "__main__":

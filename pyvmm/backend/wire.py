@@ -125,7 +125,7 @@ class TapWire(Wire):
 def open_tap(name: str) -> int:
     """A descriptor of the interface; ConfigError when it cannot be had."""
     if not 0 < len(name.encode()) <= NAME_MAX:
-        raise ConfigError(f"--tap {name}: an interface's name has 1 to {NAME_MAX} bytes")
+        raise ConfigError(f"TAP interface {name}: an interface's name has 1 to {NAME_MAX} bytes")
     fd = -1
     try:
         fd = os.open(TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -136,7 +136,7 @@ def open_tap(name: str) -> int:
         why = f"{error.strerror}; {TUN}" if fd < 0 else CURES.get(error.errno or 0, error.strerror)
         if fd >= 0:
             os.close(fd)
-        raise ConfigError(f"--tap {name}: {why}") from None
+        raise ConfigError(f"TAP interface {name}: {why}") from None
     log.info(f"net: at {IFREQ.unpack(given)[0].rstrip(bytes(1)).decode()}")
     return fd
 
@@ -226,5 +226,10 @@ def connected(path: str) -> socket:
         sock.connect(path)
     except OSError as error:
         sock.close()
-        raise ConfigError(f"--stream {path}: {error.strerror or error}") from None
+        raise ConfigError(f"stream {path}: {error.strerror or error}") from None
     return sock
+
+
+def plug(tap: str, stream: str) -> Wire:
+    """The wire of that name, or at that path.  ConfigError when it cannot be had."""
+    return TapWire(tap) if tap else StreamWire(stream)

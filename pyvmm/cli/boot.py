@@ -38,6 +38,7 @@ COMMAND = Command(
             True,
         ),
         Option("--rng", "src=FILE", "virtio-rng with bytes from FILE (default /dev/urandom)", True),
+        Option("--net", "tap=NAME|stream=PATH[,mac=MAC][,mtu=N]", "network: a TAP interface, or passt", True),
         Option("--console", "off|null|tty|pty|file=PATH|socket=PATH", "hvc0 (default tty)"),
         Option("--serial", "off|null|tty|pty|file=PATH|socket=PATH", "ttyS0 (default null)"),
         Option("--deadline", "SECONDS", "limit for each vhost-user request (default 10)"),
@@ -75,6 +76,7 @@ DEVICES = (
     ("fs", config.fs),
     ("generic_vhost_user", config.generic),
     ("rng", config.rng),
+    ("net", config.net),
 )
 
 

@@ -81,6 +81,25 @@ def test_integers_refuses(text: str) -> None:
         options.integers(text)
 
 
+def test_addresses_and_packets_of_networks() -> None:
+    assert options.mac('"52:54:0:12:34:56"') == bytes.fromhex("525400123456")
+    assert (options.mtu("68"), options.mtu("65535")) == (68, 65535)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "52:54:00:12:34", "53:54:00:12:34:56", "0:0:0:0:0:0", "1ff:0:0:0:0:0", "-2:0:0:0:0:0"]
+)
+def test_addresses_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="such as 52:54:00:12:34:56"):
+        options.mac(text)
+
+
+@pytest.mark.parametrize("text", ["67", "65536", "-1", "x"])
+def test_packets_that_cannot_be(text: str) -> None:
+    with pytest.raises(ValueError, match="number"):
+        options.mtu(text)
+
+
 def test_parse_defaults_aliases_and_last_wins() -> None:
     values = options.parse("--x", "socket=a,virtio_id=26,socket=b,readonly=ON,size=", KEYS)
     assert values == {"socket": "b", "queue_sizes": (), "readonly": True, "size": 7, "device_type": "26"}

@@ -324,9 +324,9 @@ REFUSED = {
     "no TAP": (["--tap", "lo"], APART, "not a TAP interface"),
     "not allowed": (["--tap", NAME], (*APART, "setpriv", "--bounding-set=-all", "--inh-caps=-all"),
                     "CAP_NET_ADMIN is needed"),
-    "nobody there": (["--stream", "/nonexistent"], (), "--stream /nonexistent: No such file"),
+    "nobody there": (["--stream", "/nonexistent"], (), "stream /nonexistent: No such file"),
     "path too long": (["--stream", "/" + "s" * 120], (), "too long"),
-    "address": (["--stream", "/nonexistent", "--mac", "1"], (), "--mac 1: not the address"),
+    "address": (["--stream", "/nonexistent", "--mac", "1"], (), "--mac 1: the address of one card"),
 }  # fmt: skip
 
 

@@ -1,13 +1,12 @@
-"""The network device's rules: what a driver may get, offloads, and the words of its command line."""
+"""The network device's rules: what a driver may get, and offloads."""
 
 from __future__ import annotations
 
 import pytest
-from fakes.net_driver import F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, MAC, frame
+from fakes.net_driver import F_GUEST_CSUM, F_GUEST_TSO4, F_GUEST_TSO6, frame
 
-from pyvmm.backend.net import Net, parse_mac, parse_mtu
+from pyvmm.backend.net import Net
 from pyvmm.backend.wire import OFFLOADS, TapWire, Wire
-from pyvmm.errors import ConfigError
 
 
 class Loose(Wire):
@@ -37,25 +36,6 @@ def test_what_a_driver_may_get(flags, gso, features, shown):
     assert device.dropped == (shown is None)
     if shown is not None:
         assert data[:12] == bytes([shown, gso]) + bytes(8) + b"\1\0"
-
-
-@pytest.mark.parametrize(
-    "text", ["", "1", "52:54:00:12:34", "53:54:00:12:34:56", "0:0:0:0:0:0", "1ff:0:0:0:0:0"]
-)
-def test_addresses_that_are_none(text):
-    with pytest.raises(ConfigError, match="--mac"):
-        parse_mac(text)
-
-
-@pytest.mark.parametrize("text", ["67", "65536", "-1", "x"])
-def test_mtu_out_of_range(text):
-    with pytest.raises(ConfigError, match="from 68 to 65535"):
-        parse_mtu(text)
-
-
-def test_addresses_and_mtu():
-    assert parse_mac("52:54:0:12:34:56") == MAC
-    assert parse_mtu("68") == 68
 
 
 def test_offloads_are_those_of_the_driver(monkeypatch):
