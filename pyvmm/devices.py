@@ -16,7 +16,6 @@ from . import options
 from .errors import ConfigError
 from .files import open_file
 from .virtio import kinds
-from .virtio.kinds import CONFIG_MAX
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 
 MAX_ID = 0x3F  # 0x1040 + id must stay below 0x1080 (virtio 1.2, 4.1.2.1)
 GPU = 16
-CONFIG_CURE = "give hex, @FILE or [field=value,...]"
 
 
 class Prepared:
@@ -145,60 +143,6 @@ def find_kind(option: str, text: str) -> Kind:
     return kinds.of(number)
 
 
-def config_bytes(option: str, text: str, kind: Kind) -> bytes | None:
-    """`config=`: hexadecimal digits, `@FILE`, or `[field=value,...]` by the kind's layout."""
-    if not text:
-        return None
-    subject = f"{option}: config={text}"
-    try:
-        data = _config_file(subject, text[1:]) if text[0] == "@" else _config_text(text, kind)
-    except (ValueError, options.OptionSyntaxError) as error:
-        raise ConfigError(f"{subject}: {error}; {CONFIG_CURE}") from None
-    if len(data) > CONFIG_MAX:
-        raise ConfigError(f"{subject}: is longer than {CONFIG_MAX} bytes; give what the device has")
-    return data
-
-
-def _config_file(subject: str, path: str) -> bytes:
-    fd = open_file(subject, path, CONFIG_CURE)
-    try:
-        return os.read(fd, CONFIG_MAX + 1)
-    finally:
-        os.close(fd)
-
-
-def _config_text(text: str, kind: Kind) -> bytes:
-    if text[0] != "[":
-        return bytes.fromhex(text)
-    if text[-1] != "]":
-        raise ValueError("']' is missing at the end")
-    return _config_fields(text[1:-1], kind)
-
-
-def _config_fields(text: str, kind: Kind) -> bytes:
-    data = bytearray(kind.config_size)
-    places = {name: (offset, width) for name, offset, width in kind.fields()}
-    for item in options.split(text):
-        name, _, value = item.strip().partition("=")
-        if name not in places:
-            raise ValueError(f"{kind.name} has no field {name!r}{options.nearest(name, places)}")
-        offset, width = places[name]
-        data[offset : offset + width] = _field(options.dequote(value), name, width)
-    return bytes(data)
-
-
-def _field(value: str, name: str, width: int) -> bytes:
-    if width in (1, 2, 4, 8):
-        try:
-            return int(value, 0).to_bytes(width, "little")
-        except (ValueError, OverflowError):
-            raise ValueError(f"{name}={value} is no number of {width} bytes") from None
-    raw = bytes.fromhex(value.replace(":", "")) if name == "mac" else value.encode()
-    if len(raw) > width:
-        raise ValueError(f"{name}={value} is longer than {width} bytes")
-    return raw.ljust(width, b"\0")
-
-
 def check_together(devices: Iterable[Record]) -> None:
     """Refuse devices that want what only one of them can have.  Raises ConfigError."""
     claimed = set()
@@ -248,7 +192,7 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
     if device.display and kind.device_id != GPU:
         raise ConfigError(f"{option}: display={device.display}: only device_type=gpu has one; leave it out")
     sizes = device.queue_sizes or kind.usual_sizes
-    config = config_bytes(option, device.config, kind)
+    config = _config_space(option, device.config, kind)
     if not device.force:
         _check_kind(option, kind, sizes, config)
     where, backend = _place(option, device)
@@ -257,6 +201,14 @@ def _generic(device: cfg.GenericDevice) -> Prepared:
         config=config, backend=backend, force=device.force, on_loss=device.on_loss,
         display=device.display if kind.device_id == GPU else None,
     )  # fmt: skip
+
+
+def _config_space(option: str, text: str, kind: Kind) -> bytes | None:
+    if not text:
+        return None
+    from .config_text import config_bytes
+
+    return config_bytes(option, text, kind)
 
 
 def _place(option: str, device: cfg.GenericDevice) -> tuple[Endpoint | str | int, Any]:

@@ -16,6 +16,7 @@ from fuzz.source import Input, Ledger, answer, descriptors, encoded, open_descri
 
 from pyvmm import config as cfg
 from pyvmm import devices
+from pyvmm.config_text import config_bytes
 from pyvmm.errors import BackendLost, ConfigError, LocalProtocolError, ProtocolError, RemoteProtocolError
 from pyvmm.vhost_user.client import Client
 from pyvmm.vhost_user.codec import Decoder, Message, encode_reply, encode_request
@@ -302,7 +303,7 @@ OPTIONS: tuple[Callable[[str], object], ...] = (
     lambda text: cfg.stream("--serial", text),
     lambda text: cfg.seconds("--deadline", text),
     lambda text: devices.find_kind("--generic-vhost-user", text),
-    lambda text: devices.config_bytes("--generic-vhost-user", text.replace("@", "["), kinds.of(26)),
+    lambda text: config_bytes("--generic-vhost-user", text.replace("@", "["), kinds.of(26)),
 )
 
 

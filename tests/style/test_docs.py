@@ -34,6 +34,7 @@ KEYS = {
     "--disk": config.DISK_KEYS,
     "--fs": config.FS_KEYS,
     "--rng": config.RNG_KEYS,
+    "--net": config.NET_KEYS,
 }
 
 
@@ -100,7 +101,7 @@ def test_every_key_is_explained(option: str) -> None:
 
 def test_every_device_option_has_its_keys_checked() -> None:
     records = {record.__name__ for record in devices._MAKERS}
-    assert records == {"GenericDevice", "FsDevice", "DiskDevice", "RngDevice", "ConsoleDevice"}
+    assert records == {"GenericDevice", "FsDevice", "DiskDevice", "RngDevice", "NetDevice", "ConsoleDevice"}
 
 
 def test_every_exit_status_is_in_the_table() -> None:

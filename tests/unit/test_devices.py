@@ -1,9 +1,8 @@
-"""From device options to prepared devices: kinds, configuration bytes, checks before anything starts."""
+"""From device options to prepared devices: kinds, checks before anything starts."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 from fakes.backend import no_new_fds
@@ -44,60 +43,6 @@ def test_a_kind_that_nobody_described_has_a_configuration() -> None:
 def test_no_such_kind(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         devices.find_kind("--x", text)
-
-
-FS = kinds.of(26)
-VSOCK = kinds.of(19)
-NET = kinds.of(1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "data"),
-    [
-        (FS, "", None),
-        (FS, "0011ff", b"\0\x11\xff"),
-        (FS, "00 11 FF", b"\0\x11\xff"),
-        (FS, "[tag=root]", b"root"),
-        (FS, "[tag=root,num_request_queues=3]", b"root".ljust(36, b"\0") + b"\3"),
-        (FS, '[tag="a,b"]', b"a,b"),
-        (VSOCK, "[guest_cid=0x123]", b"\x23\x01"),
-        (NET, "[mac=02:00:00:00:00:01, mtu=1500]", b"\2\0\0\0\0\1" + bytes(4) + b"\xdc\x05"),
-    ],
-)
-def test_config_bytes(kind: kinds.Kind, text: str, data: bytes | None) -> None:
-    if data is not None and text.startswith("["):
-        data = data.ljust(kind.config_size, b"\0")
-    assert devices.config_bytes("--x", text, kind) == data
-
-
-def test_config_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "config").write_bytes(b"abc")
-    with no_new_fds():
-        assert devices.config_bytes("--x", f"@{tmp_path}/config", FS) == b"abc"
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("0", "non-hexadecimal"),
-        ("xyz", "non-hexadecimal"),
-        ("@/nowhere", "No such file"),
-        ("@", "No such file"),
-        ("[tag=x", "']' is missing"),
-        ("[tag=x]]", "']' without '\\['"),
-        ("[]", "fs has no field ''"),
-        ("[tga=x]", "fs has no field 'tga'; did you mean 'tag'"),
-        (f"[tag={'x' * 37}]", "longer than 36 bytes"),
-        ("[num_request_queues=-1]", "no number of 4 bytes"),
-        ("[num_request_queues=4294967296]", "no number of 4 bytes"),
-        ("[num_request_queues]", "no number of 4 bytes"),
-        ("00" * 4097, "longer than 4096 bytes"),
-    ],
-)
-def test_config_errors(text: str, message: str) -> None:
-    with no_new_fds(), pytest.raises(ConfigError, match=message) as caught:
-        devices.config_bytes("--x", text, FS)
-    assert str(caught.value).startswith("--x: config=")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fakes import backend as fake
 from fakes.backend import FakeBackend, FakeKind, Script, Surroundings, no_new_fds
 
 from pyvmm import log
-from pyvmm.devices import config_bytes
+from pyvmm.config_text import config_bytes
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.codec import Message
 from pyvmm.vhost_user.frontend import Frontend
