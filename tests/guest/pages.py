@@ -26,6 +26,6 @@ def save(page: str, folder: Path) -> set[str]:
 
 
 def run_pytest(machine: Machine, folder: Path, test: str, timeout: float) -> Result:
-    """Run the page's test where guests run; returns what pytest did, which went well."""
+    """Run the page's test, a file and perhaps options, where guests run; returns what pytest did, if well."""
     words = f"{sys.executable} -P -m pytest -q -p no:cacheprovider -c /dev/null {test}"
     return machine.run("sh", "-c", f"cd {folder} && exec {words}", timeout=timeout).ok()
