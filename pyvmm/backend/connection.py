@@ -75,6 +75,7 @@ class Connection:
         self.device = device
         self.loop = loop
         self.agreed = Negotiation(device.features | TRANSPORT_FEATURES, protocol_features(device))
+        self.agreed.lenient = True
         self._running = RunningQueues(device, loop, lambda: self.agreed.virtio_acked)
         self.queues = self._running.queues
         self._on_end = on_end

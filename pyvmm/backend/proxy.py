@@ -108,6 +108,7 @@ class ProxyConnection(Connection):
             sock.close()
             raise
         behind = Behind(Channel(sock), SECONDS)
+        behind.negotiation.lenient = True  # what the backend takes is its own affair
         if self.device.recorder is not None:
             behind.observe = self.device.recorder.exchange
         self.loop.add_reader(behind.channel.fileno(), self._on_lost)

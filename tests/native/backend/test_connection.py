@@ -203,6 +203,17 @@ def test_qemu_order_and_a_call_descriptor_that_comes_late(bench):
     assert queue.collect()[0][1] == b"EARLY"
 
 
+def test_queues_that_are_enabled_before_anything_is_accepted(bench):
+    """As QEMU has it for network cards."""
+    frontend = bench.connect()
+    frontend.tell("SET_OWNER")
+    frontend.number("GET_FEATURES")
+    frontend.tell("SET_VRING_ENABLE", VringState(0, 1))
+    frontend.negotiate()
+    frontend.share(bench.ram)
+    check_works(frontend, bench.queue(event_idx=True))
+
+
 def wait_readable(fd):
     import select
 

@@ -178,6 +178,19 @@ def test_enabling_needs_the_protocol_bit_acked() -> None:
         pair.deliver("SET_VRING_ENABLE", VringState(0, 1))
 
 
+def test_a_lenient_end_lets_enabling_come_once_it_was_offered() -> None:
+    """QEMU's network cards do that."""
+    pair = Pair(FRONTEND_REQUESTS)
+    pair.near.lenient = pair.far.lenient = True
+    pair.deliver("GET_FEATURES")
+    pair.answer(pair.responder.reply(U64(VIRTIO)))
+    pair.deliver("SET_VRING_ENABLE", VringState(0, 1))
+    pair.responder.ack()
+    pair.far.virtio_offered = VIRTIO & ~(1 << 30)
+    with pytest.raises(RemoteProtocolError, match="before SET_FEATURES acked 0x40000000"):
+        pair.deliver("SET_VRING_ENABLE", VringState(0, 1))
+
+
 def test_a_backend_may_know_its_offer_before_it_is_asked() -> None:
     """A frontend that reconnects does not ask again."""
     backend = Responder(FRONTEND_REQUESTS, Negotiation(VIRTIO, ALL), closed)
