@@ -74,9 +74,10 @@ class PackedQueue(DriverQueue):
         done = []
         while True:
             at = self.desc + 16 * self.used_place
-            length, number, flags = struct.unpack_from("<IHH", self.ram.data, at + 8)
+            (flags,) = struct.unpack_from("<H", self.ram.data, at + 14)  # first: they make it one
             if bool(flags & USED) != self.used_wrap or bool(flags & AVAIL) != self.used_wrap:
                 return done
+            length, number = struct.unpack_from("<IH", self.ram.data, at + 8)
             _, writable = self.chains.pop(number)
             slots = self.slots.pop(number)
             self.ids.append(number)
