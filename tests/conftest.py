@@ -12,13 +12,11 @@ import signal
 
 import pytest
 
-# What a test machine may lack: libraries and drivers newer than Debian 12's, and some hosts' KVM emulates
+# What a test machine may lack: drivers newer than Debian 12's, and some hosts' KVM emulates
 # the guest's kernel mode, incompletely.  Not root and its privileges: without mount namespaces and other
 # users, what protects the host would go untested.
 EXPECTED_SKIPS = (
-    "gpio: vhost-device-gpio 0.1.0 needs libgpiod 2",
     "can: Linux 6.1 has no driver",
-    "gpu-null: vhost-device-gpu is not installed; scripts/backends",
     "this KVM emulates ring 0 and does not emulate stmxcsr",
 )
 

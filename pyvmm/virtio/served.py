@@ -99,7 +99,7 @@ SERVED = {
     34: Served(("I2C_VIRTIO",), (_rust("i2c", " --device-list 0:32"),)),
     36: Served(("CAN_VIRTIO_CAN",), (), (_rust("can", " --can-devices vcan0"),), True),
     40: Served(("BT_VIRTIO",)),
-    41: Served(("GPIO_VIRTIO",), (), (_rust("gpio", " --device-list 0"),)),
+    41: Served(("GPIO_VIRTIO",), (_rust("gpio", " --device-list 0"),)),
     45: Served(("SPI_VIRTIO",), (), (_rust("spi", " --device /dev/spidev0.0"),), True),
     48: Served((), (), (_rust("media", " --backend null"),)),
     63: Served((), (_ours("echo"),)),

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from guest.devices import gpio
 from guest.devices.common import MIB, blocks, digest, find_event, listing, numbered, received, sent, written
 from guest.devices.place import LIMIT, Place, wait_for_path
 
@@ -78,8 +79,28 @@ def prepare_i2c(place: Place) -> None:
     registers = os.urandom(256)
     (place.dir / "dev/i2c-0").write_bytes(registers)
     place.report["in"] = registers[0x40:0x50].hex()
-    source = Path(__file__).with_name("i2c_adapter.c")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", place.dir / "adapter.so", source], check=True)
+    preload(place, "i2c_adapter.c")
+
+
+def preload(place: Place, source: str) -> None:
+    """Compile a stand-in for hardware."""
+    path = Path(__file__).with_name(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", place.dir / "preload.so", path], check=True)
+
+
+def prepare_gpio(place: Place) -> None:
+    """A chip of a preloaded library's, whose lines are a file, and edges what is put into pipes.
+
+    The released backend tells the guest the opposite of each input.
+    """
+    count = place.row.args["lines"]
+    levels = "".join(str(byte & 1) for byte in os.urandom(count - 1))
+    levels += opposite(levels[-1])  # one of the last two rises, the other falls
+    (place.dir / "lines").write_text(levels)
+    for line in range(count):
+        os.mkfifo(place.dir / f"edges-{line}")
+    place.report |= {"in": opposite(levels[count // 2 :]), "names": [f"line-{line}" for line in range(count)]}
+    preload(place, "gpio_chip.c")
 
 
 def prepare_keyboard(place: Place) -> None:
@@ -152,6 +173,28 @@ def talk_vsock(place: Place) -> None:
         assert sock.recv(2) == b"ok"
 
 
+def talk_gpio(place: Place) -> None:
+    """Look at what the guest drives; move the last two lines."""
+    lines, count = place.dir / "lines", place.row.args["lines"]
+    for step in range(len(place.row.args["levels"])):
+        place.wait_for(f"driven{step}")
+        place.report[f"out{step}"] = lines.read_text()[: count // 2]
+        place.seen(f"driven{step}")
+    for line in (count - 1, count - 2):
+        place.wait_for(f"armed{line}")
+        levels = lines.read_text()
+        seen, level = levels[line], opposite(levels[line])
+        lines.write_text(levels[:line] + level + levels[line + 1 :])
+        event = gpio.EVENT.pack(time.monotonic_ns(), gpio.EDGE[level], line, 1, 1)
+        (place.dir / f"edges-{line}").write_bytes(event)
+        place.report[f"edge{line}"] = [line, gpio.EDGE[seen], seen]
+
+
+def opposite(levels: str) -> str:
+    """The other level of each line."""
+    return "".join("10"[int(level)] for level in levels)
+
+
 def talk_keyboard(place: Place) -> None:
     """Type a, b, c ...: usages 4, 5, 6 and so on of the HID keyboard page."""
     place.wait_for("ready")
@@ -183,7 +226,7 @@ def talk_gpu(place: Place) -> None:
     wait_for_path(place.dir / "screen.png")
     time.sleep(3 * SAVE_SECONDS)
     place.report["picture"] = digest([read_png(place.dir / "screen.png")])
-    (place.results / f"{place.row.name}.seen").touch()
+    place.seen("shown")
 
 
 def read_png(path: Path) -> bytes:
@@ -251,9 +294,6 @@ def nothing(*_: object) -> None:
 
 
 # For each proof: before, meanwhile, afterwards.
-
-
-# For each proof: before, meanwhile, afterwards.
 STEPS: dict[str, tuple[Callable[..., None], Callable[..., None], Callable[..., None]]] = {
     "fs": (prepare_fs, nothing, inspect_fs),
     "disk": (prepare_disk, nothing, inspect_disk),
@@ -264,6 +304,7 @@ STEPS: dict[str, tuple[Callable[..., None], Callable[..., None], Callable[..., N
     "ports": (nothing, talk_ports, nothing),
     "vsock": (nothing, talk_vsock, nothing),
     "i2c": (prepare_i2c, nothing, inspect_i2c),
+    "gpio": (prepare_gpio, talk_gpio, nothing),
     "keyboard": (prepare_keyboard, talk_keyboard, nothing),
     "net": (nothing, talk_net, nothing),
     "gpu": (nothing, talk_gpu, nothing),

@@ -50,6 +50,10 @@ class Place:
         """Until the guest says so."""
         wait_for_path(self.results / f"{self.row.name}.{word}")
 
+    def seen(self, word: str) -> None:
+        """Answer the guest that asked with this word."""
+        (self.results / f"{self.row.name}.{word}.seen").touch()
+
     def words(self) -> list[str]:
         """What pyvmm is told about this device."""
         if self.row.words:

@@ -1,7 +1,8 @@
 """One proof for each kind of device: data through the guest's own driver, and a report of what it saw.
 
 A proof is a function of the row's name and arguments.  What it reports under a key must be what the
-host's side reports under it.  `say` and `save` are its words to the host: files in $RESULTS.
+host's side reports under it.  `say`, `ask` and `save` are its words to the host: files in $RESULTS.
+In one file because the proofs share these words and are read beside each other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from guest.devices.common import (
     sent,
     written,
 )
+from guest.devices.gpio import EDGES, INPUT, OUTPUT, Chip
 
 LIMIT = 120  # seconds for one proof
 RESULTS = Path(os.environ.get("RESULTS", "."))
@@ -57,6 +59,13 @@ class I2cMessage(ctypes.Structure):
 def say(name: str, word: str) -> None:
     """Tell the host's side that something is so now."""
     (RESULTS / f"{name}.{word}").touch()
+
+
+def ask(name: str, word: str) -> None:
+    """Tell the host's side something, and wait until it has looked."""
+    say(name, word)
+    while not (RESULTS / f"{name}.{word}.seen").exists():
+        time.sleep(0.02)
 
 
 def save(name: str, report: dict[str, Any]) -> None:
@@ -296,6 +305,30 @@ def transfer(fd: int, messages: list[tuple[int, bytes]]) -> list[bytes]:
     return [room.raw for room in rooms]
 
 
+def gpio(name: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Some lines are driven, the others are read, and an edge of each of the last two arrives.
+
+    One edge a line: the released backend may refuse to wait for a second one.
+    """
+    chip = Chip(0)
+    report: dict[str, Any] = {"names": [chip.name(line) for line in range(args["lines"])]}
+    half = args["lines"] // 2
+    driven = chip.request(range(half), OUTPUT)
+    for step, levels in enumerate(args["levels"]):
+        driven.set(levels)
+        report[f"out{step}"] = levels
+        ask(name, f"driven{step}")
+    inputs = chip.request(range(half, args["lines"]), INPUT)
+    report["in"] = inputs.get()
+    inputs.close()
+    for line in (args["lines"] - 1, args["lines"] - 2):
+        watched = chip.request(range(line, line + 1), INPUT | EDGES)
+        say(name, f"armed{line}")
+        report[f"edge{line}"] = [*watched.event(), watched.get()]
+        watched.close()
+    return report
+
+
 def keyboard(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """What is typed on the host arrives as events."""
     fd = os.open(f"/dev/input/{find_event(args['keyboard'])}", os.O_RDONLY)
@@ -350,10 +383,7 @@ def gpu(name: str, args: dict[str, Any]) -> dict[str, Any]:
     row = bytes(channel for x in range(width) for channel in (x & 255, x >> 2 & 255, 255 - (x & 255), 0))
     picture = b"".join(row[:-4] + bytes((y & 255, y >> 2 & 255, 7, 0)) for y in range(height))
     kms.Display(args["card"]).show(picture, width, height)
-    say(name, "shown")
-    until = RESULTS / f"{name}.seen"
-    while not until.exists():  # the display belongs to whoever has it open
-        time.sleep(0.1)
+    ask(name, "shown")  # the display belongs to whoever has it open
     return {"picture": digest([rgb(picture)])}
 
 
@@ -384,6 +414,7 @@ PROOFS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
         sound,
         echo,
         i2c,
+        gpio,
         keyboard,
         net,
         gpu,

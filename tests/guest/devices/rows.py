@@ -105,7 +105,14 @@ ROWS = (
         "i2c", "i2c", "input", "i2c",
         ("vhost-device-i2c", "--socket-path={sock}", "--device-list=stand-in:32"),
         "device_type=i2c,queue_sizes=[1024]", suffix="0",
-        env=(("LD_PRELOAD", "{dir}/adapter.so"), ("I2C_ROOT", "{dir}")),
+        env=(("LD_PRELOAD", "{dir}/preload.so"), ("I2C_ROOT", "{dir}")),
+    ),
+    Row(
+        "gpio", "gpio", "input", "gpio",
+        ("vhost-device-gpio", "--socket-path={sock}", "--device-list=0"),
+        "device_type=gpio,queue_sizes=[256,256]", suffix="0",
+        env=(("LD_PRELOAD", "{dir}/preload.so"), ("GPIO_ROOT", "{dir}")),
+        args={"lines": 8, "levels": ["1010", "0101", "1100"]},
     ),
     Row(
         "input", "input", "input", "keyboard",
@@ -149,8 +156,7 @@ ROWS = (
         words=("--disk", "path={image},image_type=raw"), args={"size": 37 * MIB, "queues": 1},
     ),
     Row(
-        "gpio", "gpio", "", "",
-        absent="vhost-device-gpio 0.1.0 needs libgpiod 2, which Debian 12 does not have",
+        "can", "can", "", "",
+        absent="Linux 6.1 has no driver, nor has 6.12 of Debian's backports, and the lab's kernel no vcan",
     ),
-    Row("can", "can", "", "", absent="Linux 6.1 has no driver, and the lab's kernel no vcan"),
 )  # fmt: skip
