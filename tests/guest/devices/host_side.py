@@ -25,6 +25,7 @@ from guest.devices.rows import Row
 
 SHARE = "/mnt/results"
 CPUS = {"queues": 4}  # a disk has no more queues in use than CPUs; the lab is slow with more than one
+ONE_CPU = ("taskset", "--cpu-list", str(min(os.sched_getaffinity(0))))
 # Not busybox's shell: it would run /proc/self/exe, which before /proc is mounted is the file server's.
 INIT = """#!/bin/sh
 PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
@@ -89,6 +90,8 @@ class Boot:
         program = find_program(row.backend[0].replace("{python}", sys.executable))
         assert program is not None
         argv = [program, *(place.fill(word) for word in row.backend[1:])]
+        if row.ahead:
+            argv = ["chrt", "--fifo", "1", *ONE_CPU, *argv]
         env = {key: place.fill(value) for key, value in row.env}
         with (place.dir / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -123,6 +126,8 @@ class Boot:
         argv += ["--fs", "tag=root,dir=/,readonly=on,cache=always", "--fs", f"tag=results,dir={results}"]
         argv += [word for place in self.places for word in place.words()]
         argv += ["--cmdline", f"console=ttyS0 panic=-1 quiet root=root rootfstype=virtiofs ro init={init}"]
+        if any(place.row.ahead for place in self.places):
+            argv = [*ONE_CPU, *argv]
         with (self.folder / "pyvmm.log").open("wb") as log:
             machine = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._processes.insert(0, machine)

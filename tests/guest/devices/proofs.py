@@ -192,7 +192,8 @@ def console(name: str, args: dict[str, Any]) -> dict[str, Any]:
     """The terminal hvc0 carries what is typed, and text back.
 
     The guest begins, one key at a time, plain text: the released backend drops keys before the guest
-    has written, completes a buffer once for each byte in it, and ends when text is not UTF-8.
+    has written, completes a buffer once for each byte in it, and ends when text is not UTF-8.  It runs
+    ahead of the guest since it forgets a buffer that the driver gives back before it goes to sleep.
     """
     fd = os.open("/dev/hvc0", os.O_RDWR | os.O_NOCTTY)
     tty.setraw(fd)
