@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import zlib
 from pathlib import Path
 from typing import Any
 
 MIB = BLOCK = 1 << 20
+STEP = 1021  # coprime to the size of a page, and 1024 of them fit a block
 
 
 def digest(chunks: Any) -> str:
@@ -20,6 +22,14 @@ def digest(chunks: Any) -> str:
     for chunk in chunks:
         total.update(chunk)
     return total.hexdigest()
+
+
+def checksum(chunks: Any) -> str:
+    """A CRC of an iterable of bytes: four times as fast as `digest` on an emulated machine."""
+    total = 0
+    for chunk in chunks:
+        total = zlib.crc32(chunk, total)
+    return f"{total:08x}"
 
 
 def blocks(path: str | Path, size: int = -1, offset: int = 0) -> Any:
@@ -36,6 +46,16 @@ def numbered(megabytes: int, block: bytes | None = None) -> Any:
     block = block or os.urandom(BLOCK - 8)
     for number in range(megabytes):
         yield number.to_bytes(8, "little") + block
+
+
+def distinct(megabytes: int) -> Any:
+    """Up to 1024 random blocks of which no two pages are alike, at no cost: windows on two MiB.
+
+    Pages in the wrong order change a checksum, as blocks in the wrong order do.
+    """
+    base = memoryview(os.urandom(2 * BLOCK))
+    for start in range(0, megabytes * STEP, STEP):
+        yield base[start : start + BLOCK]
 
 
 def received(sock: socket.socket, size: int) -> Any:

@@ -19,7 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from guest.devices import gpio
-from guest.devices.common import MIB, blocks, digest, find_event, listing, numbered, received, sent, written
+from guest.devices.common import (
+    MIB,
+    blocks,
+    checksum,
+    digest,
+    distinct,
+    find_event,
+    listing,
+    numbered,
+    received,
+    sent,
+    written,
+)
 from guest.devices.place import LIMIT, Place, wait_for_path
 
 from pyvmm.vhost_user.gpu import SAVE_SECONDS
@@ -35,16 +47,20 @@ KEYBOARD = bytes.fromhex(
 
 
 def prepare_fs(place: Place) -> None:
-    """A file system that has everything, in a file."""
-    folder, image = place.dir / "fs", place.image
+    """A file system that has everything, in a file; below it memory, for a file that is large."""
+    folder, image, large = place.dir / "fs", place.image, place.dir / "large"
     folder.mkdir()
+    large.mkdir()
     with image.open("wb") as file:
-        file.truncate(512 * MIB)
+        file.truncate(128 * MIB)
     subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-E", "lazy_itable_init=1", image], check=True)
     subprocess.run(["mount", "-o", "loop", image, folder], check=True)
-    with (folder / "in").open("wb") as file:
-        place.report["in"] = digest(written(file, numbered(place.row.args["megabytes"])))
-    os.setxattr(folder / "in", "user.from-host", b"set on the host")
+    (folder / "large").mkdir()
+    subprocess.run(["mount", "--bind", large, folder / "large"], check=True)
+    with (large / "data").open("wb", buffering=0) as file:
+        place.report["in"] = checksum(written(file, distinct(place.row.args["megabytes"])))
+    (folder / "named").touch()
+    os.setxattr(folder / "named", "user.from-host", b"set on the host")
     place.report["xattr"] = b"set on the host".hex()
 
 
@@ -255,10 +271,10 @@ def talk_flush(place: Place) -> None:
 def inspect_fs(place: Place, guest: dict[str, Any]) -> None:
     """Read, below the backend, what the guest wrote."""
     folder = place.dir / "fs"
-    place.report["out"] = digest(blocks(folder / "out"))
+    place.report["out"] = checksum(blocks(place.dir / "large/data"))
     place.report["storm"] = listing(folder / "storm")
     place.report["mapped"] = digest(blocks(folder / "mapped"))
-    place.report["xattr_back"] = os.getxattr(folder / "out", "user.from-guest").hex()
+    place.report["xattr_back"] = os.getxattr(folder / "named", "user.from-guest").hex()
 
 
 def inspect_disk(place: Place, guest: dict[str, Any]) -> None:

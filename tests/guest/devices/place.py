@@ -15,7 +15,7 @@ from guest.devices.rows import Row
 from pyvmm.guest.modules import ModuleTree
 from pyvmm.host import backends, kernels
 
-LIMIT = 180  # seconds for the guest
+LIMIT = 200  # seconds for the guest
 
 
 class Place:

@@ -39,18 +39,18 @@ class Row(NamedTuple):
 
 
 FS_TAG = "device_type=fs,queue_sizes=[512,512],config=[tag={name},num_request_queues=1]"
-FS_ARGS = {"megabytes": 32, "files": 60}
+FS_ARGS = {"megabytes": 1024, "files": 60}
 FIO_OK = {"fio": 0}
 
 ROWS = (
     Row(
-        "fs-c", "fs", "files", "fs",
+        "fs-c", "fs", "files-c", "fs",
         ("/usr/lib/qemu/virtiofsd", "--socket-path={sock}", "-o", "source={dir}/fs", "-o", "sandbox=chroot",
          "-o", "xattr"),
         FS_TAG, args=FS_ARGS, expect=FIO_OK, modules=("loop",),
     ),
     Row(
-        "fs-rust", "fs", "files", "fs",
+        "fs-rust", "fs", "files-rust", "fs",
         ("rust-virtiofsd", "--socket-path={sock}", "--shared-dir={dir}/fs", "--sandbox=chroot", "--xattr",
          "--tag=fs-rust"),
         "device_type=fs,queue_sizes=[512,512]", args=FS_ARGS, expect=FIO_OK, modules=("loop",),
