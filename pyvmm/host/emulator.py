@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 # intercept of XSETBV (7.2): a nested Linux that finds XSAVE warns, with a call trace, that sizes disagree.
 CPU_MODEL = "max,+svm,la57=off,-xsave"
 ACCELERATOR = "tcg,thread=multi,tb-size=512"
-KERNEL_ARGUMENTS = "console=ttyS0 mitigations=off panic=-1"
+# While a nested guest runs, TCG now and then loses an interrupt of the machine's own.  A CPU that waits for
+# a timer of one shot then waits for ever, and the machine stands still; a periodic one comes again.
+KERNEL_ARGUMENTS = "console=ttyS0 mitigations=off panic=-1 nohz=off highres=off"
 QEMU = "qemu-system-x86_64"
 MIB = 1 << 20
 

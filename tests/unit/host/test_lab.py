@@ -42,7 +42,7 @@ def test_the_machine_has_svm_and_shared_memory(qemu: None) -> None:
     assert "memory-backend-memfd,id=ram,size=2048M,share=on" in words
     assert "socket,id=command,fd=5" in words and "name=pyvmm.command" in words
     assert "vhost-user-fs-pci,chardev=share0,tag=share0" in words and "socket,id=share0,fd=8" in words
-    assert "panic=-1 quiet" in words
+    assert "nohz=off highres=off quiet" in words
     assert "quiet" not in " ".join(command(quiet=False))
 
 
