@@ -11,12 +11,17 @@ import json
 import select
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from guest import agent
 
 START_TIMEOUT = 240
+# QEMU's emulation of SVM now and then damages the emulated machine's own kernel.  What runs in there cannot,
+# so such a panic is not the tests' failure; more of them would be somebody's.
+PANICS_BORNE = 2
+PANICKED = "its kernel panicked"
 
 
 class Result:
@@ -85,12 +90,17 @@ class Machine:
 
 
 class LabMachine(Machine):
-    """The emulated machine of `pyvmm lab`, with the agent in it."""
+    """The emulated machine of `pyvmm lab`, with the agent in it; a new one when its kernel has panicked."""
 
     name = "lab"
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
+        self._panics = 0
+        self._start()
+
+    def _start(self) -> None:
+        shared = self.shared
         self._log = (shared / "lab.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "pyvmm", "lab", "--memory", "9G", "--share", str(shared), "--"]
@@ -116,6 +126,19 @@ class LabMachine(Machine):
         return (self.shared / "lab.log").read_text(errors="replace")[-3000:]
 
     def _execute(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._ask(request)
+        except (EOFError, BrokenPipeError) as error:
+            self._process.wait(30)  # until when it may still say why
+            if PANICKED not in self._tail() or self._panics == PANICS_BORNE:
+                raise
+            self._panics += 1
+            print(f"\n{error}\nThe command runs again, in another machine.", file=sys.__stderr__)
+            self.close()
+            self._start()
+            return self._ask(request)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
@@ -124,7 +147,8 @@ class LabMachine(Machine):
     def close(self) -> None:
         """Let the agent read end of file, which ends the machine."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended
+            self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:

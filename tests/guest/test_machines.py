@@ -1,0 +1,27 @@
+"""The machine that guest tests run in: another one after a panic of the emulated kernel, not for ever."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from guest.machines import PANICS_BORNE, LabMachine
+
+from pyvmm.host import accel
+
+pytestmark = [pytest.mark.slow, pytest.mark.lab]
+
+
+def test_a_panic_of_the_lab_costs_a_machine(tmp_path: Path) -> None:
+    if not accel.why_not():
+        pytest.skip("guests run on this host itself")
+    lab = LabMachine(tmp_path)
+    try:
+        once = f"test -e {tmp_path}/done || {{ : >{tmp_path}/done; echo c >/proc/sysrq-trigger; sleep 60; }}"
+        for _ in range(PANICS_BORNE):
+            (tmp_path / "done").unlink(missing_ok=True)
+            lab.run("sh", "-c", f"{once}; echo again").ok()
+        with pytest.raises((EOFError, BrokenPipeError)):
+            lab.run("sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60")
+    finally:
+        lab.close()
