@@ -90,13 +90,18 @@ class Machine:
 
 
 class LabMachine(Machine):
-    """The emulated machine of `pyvmm lab`, with the agent in it; a new one when its kernel has panicked."""
+    """The emulated machine of `pyvmm lab`, with the agent in it.
+
+    There is a new one after its kernel has panicked, and after a command that it did not answer.
+    """
 
     name = "lab"
+    grace = 60.0  # seconds beyond a command's own limit
 
     def __init__(self, shared: Path) -> None:
         super().__init__(shared)
         self._panics = 0
+        self._waiting = False  # for an answer
         self._start()
 
     def _start(self) -> None:
@@ -126,6 +131,9 @@ class LabMachine(Machine):
         return (self.shared / "lab.log").read_text(errors="replace")[-3000:]
 
     def _execute(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._waiting:  # the last command's test has failed for it; no other has to
+            self._process.terminate()
+            self._renew()
         try:
             return self._ask(request)
         except (EOFError, BrokenPipeError) as error:
@@ -134,15 +142,21 @@ class LabMachine(Machine):
                 raise
             self._panics += 1
             print(f"\n{error}\nThe command runs again, in another machine.", file=sys.__stderr__)
-            self.close()
-            self._start()
+            self._renew()
             return self._ask(request)
+
+    def _renew(self) -> None:
+        self.close()
+        self._start()
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
         self._process.stdin.flush()
-        return self._read_line(request["timeout"] + 60)
+        self._waiting = True
+        answer = self._read_line(request["timeout"] + self.grace)
+        self._waiting = False
+        return answer
 
     def close(self) -> None:
         """Let the agent read end of file, which ends the machine."""

@@ -23,5 +23,19 @@ def test_a_panic_of_the_lab_costs_a_machine(tmp_path: Path) -> None:
             lab.run("sh", "-c", f"{once}; echo again").ok()
         with pytest.raises((EOFError, BrokenPipeError)):
             lab.run("sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60")
+        assert lab.run("echo", "another").ok().stdout == b"another\n"
+    finally:
+        lab.close()
+
+
+def test_a_command_without_an_answer_costs_a_machine(tmp_path: Path) -> None:
+    if not accel.why_not():
+        pytest.skip("guests run on this host itself")
+    lab = LabMachine(tmp_path)
+    try:
+        lab.grace = 5.0
+        with pytest.raises(TimeoutError):
+            lab.run("sh", "-c", "kill -STOP $PPID; sleep 60", timeout=10)  # the agent itself
+        assert lab.run("echo", "another").ok().stdout == b"another\n"
     finally:
         lab.close()
