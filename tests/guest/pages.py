@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -15,8 +14,7 @@ TITLE = re.compile(r"(?:# |/\* )([\w.]+)(?: \*/)?\n")
 
 
 def save(page: str, folder: Path) -> set[str]:
-    """Make `folder` hold the files of docs/`page`, as printed, and nothing else; returns their names."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Make a new `folder` of the files of docs/`page`, as printed; returns their names."""
     folder.mkdir()
     blocks = BLOCK.findall((DOCS / page).read_text())
     files = {found[1]: block for block in blocks if (found := TITLE.match(block))}
