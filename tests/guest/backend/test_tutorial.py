@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 # Two runs, since twelve guests may take the emulated machine longer than one test may.
 @pytest.mark.parametrize(("test", "plans"), [("test_nothing_is_lost", 5), ("test_driver_survives", 7)])
 def test_tutorial(machine: Machine, test: str, plans: int) -> None:
-    folder = machine.shared / test  # a new one: the emulated machine may still know the files of another
+    folder = machine.shared / f"tutorial-{plans}"  # a new one: the machine may remember the files of another
     assert pages.save("backends.md", folder) == {"pattern.py", "init.c", "test_driver.py"}
     done = pages.run_pytest(machine, folder, f"test_driver.py -k {test}", timeout=250)
     assert f"{plans} passed".encode() in done.stdout, repr(done)
