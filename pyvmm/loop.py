@@ -1,8 +1,12 @@
 """The VMM's one event loop: descriptors, timers and calls from other threads.
 
-It owns an epoll instance and a wake-up eventfd and runs in the thread that calls
+It owns an epoll instance and a wake-up pipe and runs in the thread that calls
 `run`.  It does not know what the descriptors carry.  Method names are asyncio's, whose
 import would cost more than booting a guest does.
+
+Python runs a signal's handler between two steps of its own, so a signal that comes after the last
+step before the wait would have to wait, too.  It therefore writes to the pipe while `run` has the
+main thread.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import select
 from _heapq import heappop, heappush
 from time import monotonic
 
-from .lean import deque
+from .lean import deque, in_main_thread, signal
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,9 +50,9 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._epoll.register(self._wake, select.EPOLLIN)
-        self._readers: dict[int, Callback] = {self._wake: self._run_posted}
+        self._woken, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._epoll.register(self._woken, select.EPOLLIN)
+        self._readers: dict[int, Callback] = {self._woken: self._run_posted}
         self._posted: deque[Callback] = deque()
         self._timers: list[Timer] = []
         self._stopped = False
@@ -80,14 +84,12 @@ class EventLoop:
     def call_soon_threadsafe(self, callback: Callback) -> None:
         """Call `callback` in the loop's thread; may be called from any thread.  Nothing once closed."""
         self._posted.append(callback)
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        self._wake()
 
     def stop(self) -> None:
         """Make `run` return; may be called from any thread and from signal handlers."""
         self._stopped = True
-        if self._wake >= 0:
-            os.eventfd_write(self._wake, 1)
+        self._wake()
 
     @property
     def stopped(self) -> bool:
@@ -96,17 +98,24 @@ class EventLoop:
 
     def run(self) -> None:
         """Dispatch until `stop`.  An exception in a callback ends the loop and is raised."""
-        while not self._stopped:
-            self._turn(self._timeout())
+        if not in_main_thread():
+            self._run()
+            return
+        before = signal.set_wakeup_fd(self._waker, warn_on_full_buffer=False)
+        try:
+            self._run()
+        finally:
+            signal.set_wakeup_fd(before, warn_on_full_buffer=False)
 
     def close(self) -> None:
         """Close the loop's own descriptors; readers' descriptors belong to others."""
         self._readers.clear()
         self._timers.clear()
         self._epoll.close()
-        if self._wake >= 0:
-            os.close(self._wake)
-            self._wake = -1
+        if self._waker >= 0:
+            os.close(self._woken)
+            os.close(self._waker)
+            self._waker = -1
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +124,17 @@ class EventLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self) -> None:
+        while not self._stopped:
+            self._turn(self._timeout())
+
+    def _wake(self) -> None:
+        if self._waker >= 0:
+            try:
+                os.write(self._waker, b"\0")
+            except BlockingIOError:
+                return  # full: it wakes already
 
     def _turn(self, timeout: float | None) -> None:
         """Wait for something to happen, at most so many seconds, and dispatch it."""
@@ -137,6 +157,6 @@ class EventLoop:
                 callback()
 
     def _run_posted(self) -> None:
-        os.eventfd_read(self._wake)
+        os.read(self._woken, 4096)
         while self._posted:
             self._posted.popleft()()

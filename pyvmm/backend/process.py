@@ -169,10 +169,6 @@ def _leave_parent(keep: set[int]) -> None:
 
 def _stop_with(loop: DeviceLoop, parent: int) -> bool:
     """Stop the loop on SIGTERM and at the parent's death; false when it is dead already."""
-    # A handler runs between two steps of Python: a signal just before the loop's wait must end that wait.
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    loop.add_reader(reader, lambda: drain(reader))
     signal.signal(signal.SIGTERM, lambda *_: loop.stop())
     ending.release()
     try:
@@ -180,11 +176,6 @@ def _stop_with(loop: DeviceLoop, parent: int) -> bool:
     except ProcessLookupError:
         return False
     return os.getppid() == parent
-
-
-def drain(reader: int) -> None:
-    """Take the byte of a signal, whose handler has run."""
-    os.read(reader, 1)
 
 
 def keep_only(fds: set[int]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 
@@ -62,6 +63,30 @@ def test_stop_from_another_thread_ends_an_idle_loop_at_once() -> None:
         begin = time.monotonic()
         loop.run()
         assert time.monotonic() - begin < 5
+
+
+def test_a_signal_that_does_not_interrupt_the_wait_ends_it() -> None:
+    """It comes to another thread here, as one just before the wait would not interrupt it either."""
+    with EventLoop() as loop:
+        previous = signal.signal(signal.SIGUSR1, lambda *_: loop.stop())
+        kill = threading.Timer(0.05, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGUSR1))
+        kill.start()
+        late = loop.call_later(10, loop.stop)
+        loop.run()
+        assert late.when - time.monotonic() > 5
+        kill.join()
+        signal.signal(signal.SIGUSR1, previous)
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_any_number_of_calls_from_threads_fits() -> None:
+    calls: list[int] = []
+    with EventLoop() as loop:
+        for number in range(100_000):
+            loop.call_soon_threadsafe(lambda number=number: calls.append(number))  # type: ignore[misc]
+        loop.call_soon_threadsafe(loop.stop)
+        loop.run()
+    assert calls == list(range(100_000))
 
 
 def test_an_exception_ends_the_loop_and_reaches_the_owner() -> None:
