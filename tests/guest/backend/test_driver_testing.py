@@ -18,6 +18,8 @@ FILES = {"words.py", "word.c", "trusting.c", "Makefile", "init.c", "test_word.py
 def test_driver_testing(machine: Machine, debian_kernel: Kernel) -> None:
     folder = machine.shared / "driver-testing"
     assert pages.save("driver-testing.md", folder) == FILES
+    driver = (folder / "word.c").read_text().splitlines()[1:]
+    assert len([line for line in driver if line.strip()]) <= 60  # as the page says
     if not Path(f"/lib/modules/{debian_kernel.release}/build").exists():
         pytest.skip(f"no headers of Linux {debian_kernel.release}: apt-get install linux-headers-cloud-amd64")
     # Here, since the emulated machine takes a minute for it; there `make` finds that all is done.
