@@ -42,6 +42,7 @@ cdef extern from "<linux/kvm.h>" nogil:
     const unsigned long KVM_SET_FPU
     const unsigned long KVM_GET_LAPIC
     const unsigned long KVM_SET_LAPIC
+    const unsigned long KVM_SET_XCRS
     const unsigned long KVM_GET_MP_STATE
     const unsigned long KVM_SET_MP_STATE
     const unsigned long KVM_GET_TSC_KHZ
@@ -242,6 +243,14 @@ cdef extern from "<linux/kvm.h>" nogil:
     struct kvm_fpu:
         uint16_t fcw
         uint32_t mxcsr
+
+    struct kvm_xcr:
+        uint32_t xcr
+        u64 value
+
+    struct kvm_xcrs:
+        uint32_t nr_xcrs
+        kvm_xcr *xcrs
 
     struct kvm_lapic_state:
         char *regs

@@ -118,6 +118,14 @@ cdef class Vcpu:
         fpu.mxcsr = 0x1F80
         self._ioctl(k.KVM_SET_FPU, &fpu, "KVM_SET_FPU")
 
+    def set_xcr0(self, uint64_t value):
+        """Switch on these state components of XSAVE (SDM volume 1, section 13.3)."""
+        cdef k.kvm_xcrs registers
+        memset(&registers, 0, sizeof(registers))
+        registers.nr_xcrs = 1
+        registers.xcrs[0].value = value
+        self._ioctl(k.KVM_SET_XCRS, &registers, "KVM_SET_XCRS")
+
     def set_cpuid(self, leaves):
         """Give the guest these (function, index, flags, eax, ebx, ecx, edx) leaves."""
         cdef uint32_t count = len(leaves)

@@ -141,10 +141,13 @@ class Machine:
         vcpus = self._vcpus = [self._own(self._vm.create_vcpu(index)) for index in range(count)]
         topology = cpuid.Topology(cores=count)
         deadline_timer = bool(self._vm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+        components = cpuid.xcr0(leaves)
         for vcpu in vcpus:
             vcpu.set_cpuid(cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer))
             vcpu.set_msrs(cpu.boot_msrs())
             vcpu.set_fpu_default()
+            if components:  # QEMU's SVM (7.2) lets a guest of the lab set XCR0 without KVM's noticing
+                vcpu.set_xcr0(components)
         vcpus[0].set_sregs(cpu.boot_sregs(self._boot, vcpus[0].get_sregs()))
         vcpus[0].set_regs(cpu.boot_regs(self._boot))
 

@@ -29,6 +29,7 @@ _SIGNATURE_REGISTERS = (0x4B4D_564B, 0x564B_4D56, 0x4D)  # "KVMKVMKVM\0\0\0" in 
 
 _HTT = 1 << 28  # leaf 1 edx
 _TSC_DEADLINE, _HYPERVISOR = 1 << 24, 1 << 31  # leaf 1 ecx
+_XSAVE = 0xD
 _CMP_LEGACY = 1 << 1  # leaf 0x80000001 ecx
 _EXTENDED_TOPOLOGY = (0xB, 0x1F)
 _LEVEL_SMT, _LEVEL_CORE = 1, 2
@@ -92,6 +93,11 @@ def edit(
 def is_kvm(entries: Iterable[Entry]) -> bool:
     """Whether the list names KVM as the hypervisor, so that a guest uses its clock."""
     return any(entry[0] == KVM_SIGNATURE and entry[4:] == _SIGNATURE_REGISTERS for entry in entries)
+
+
+def xcr0(entries: Iterable[Entry]) -> int:
+    """XCR0 with all state components that leaf 0xD offers; 0 where there is no XSAVE."""
+    return next((entry[6] << 32 | entry[3] for entry in entries if entry[:2] == (_XSAVE, 0)), 0)
 
 
 def _basic(entry: Entry, topology: Topology, apic_id: int) -> Entry:

@@ -15,9 +15,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-# A la57 guest would need five-level tables in the nested KVM; SVM is what TCG emulates, but for the
-# intercept of XSETBV (7.2): a nested Linux that finds XSAVE warns, with a call trace, that sizes disagree.
-CPU_MODEL = "max,+svm,la57=off,-xsave"
+# A la57 guest would need five-level tables in the nested KVM; SVM is what TCG emulates.  XSAVE stays: what is
+# without AVX then is too old for OpenBLAS, which NumPy brings along.
+CPU_MODEL = "max,+svm,la57=off"
 ACCELERATOR = "tcg,thread=multi,tb-size=512"
 # While a nested guest runs, TCG now and then loses an interrupt of the machine's own.  A CPU that waits for
 # a timer of one shot then waits for ever, and the machine stands still; a periodic one comes again.

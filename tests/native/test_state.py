@@ -9,6 +9,8 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 from fakes.tiny_guest import CODE, LAPIC_SVR, MMIO, PML4, Code, Recorder
 
 from pyvmm._native import vcpu as native
+from pyvmm._native.kvm import Kvm
+from pyvmm.boot import cpuid
 from pyvmm.errors import KvmError
 
 pytestmark = pytest.mark.kvm
@@ -118,6 +120,18 @@ def test_fpu_starts_masked(guest):
     if reason == native.KVM_EXIT_INTERNAL_ERROR:
         pytest.skip("this KVM emulates ring 0 and does not emulate stmxcsr")
     assert guest.read(CODE + 0x800, 4) == (0x1F80).to_bytes(4, "little")
+
+
+def test_xsave_components_can_be_switched_on_if_cpuid_offers_them(guest):
+    kvm = Kvm()
+    leaves = kvm.supported_cpuid()
+    offered = cpuid.xcr0(leaves)
+    vcpu = guest.vcpu()
+    vcpu.set_cpuid(leaves)
+    if offered:
+        vcpu.set_xcr0(offered)
+    with pytest.raises(KvmError, match="KVM_SET_XCRS"):
+        vcpu.set_xcr0(1 << 40 | 1)
 
 
 def test_translate_walks_the_guests_tables(guest):

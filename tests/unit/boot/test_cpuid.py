@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.boot.cpuid import Topology, edit, is_kvm
+from pyvmm.boot.cpuid import Topology, edit, is_kvm, xcr0
 
 Entry = tuple[int, int, int, int, int, int, int]
 KVM = (0x4000_0000, 0, 0, 0x4000_0001, 0x4B4D564B, 0x564B4D56, 0x4D)
@@ -140,3 +140,8 @@ def test_the_list_given_is_not_changed() -> None:
     before = list(INTEL)
     edit(INTEL, Topology(3), 2, tsc_khz=1, tsc_deadline=True)
     assert before == INTEL
+
+
+def test_the_xsave_components_are_those_of_leaf_0xd() -> None:
+    assert xcr0([(0xD, 1, 1, 0xF, 0, 0, 0), (0xD, 0, 1, 0x207, 0, 0, 1)]) == 1 << 32 | 0x207
+    assert xcr0([(1, 0, 0, 1, 2, 3, 4)]) == 0
