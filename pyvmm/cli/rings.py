@@ -19,7 +19,7 @@ COMMAND = Command(
     "Show the virtqueues of a running machine: indices, what its devices have, who is stuck.",
     "rings SOCKET [--seconds S] [--descriptors] [--json]",
     (
-        Option("--seconds", "S", "time between two looks, by which stuck and busy differ (default 1)"),
+        Option("--seconds", "S", "how long to look: by what happens then, stuck and busy differ (default 1)"),
         Option("--descriptors", "", "the chains that devices have, descriptor by descriptor"),
         Option("--json", "", "the same as one JSON object, for programs"),
     ),
@@ -36,7 +36,7 @@ COMMAND = Command(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Look twice and print what was found."""
+    """Look for a while and print what was found."""
     from .. import config, log
     from ..errors import ConfigError
 
@@ -62,34 +62,37 @@ def main(argv: Sequence[str]) -> int:
 
 
 def look(machine: dict[str, Any], ram_fd: int, seconds: float) -> list[dict[str, Any]]:
-    """One row for each queue, from two looks; `ram_fd` is closed."""
+    """One row for each queue, from many looks; `ram_fd` is closed."""
     import os
     from time import sleep
 
-    from .. import ringview as rings
+    from .. import ringview
 
     try:
-        queues = rings.live_queues(machine, ram_fd)
+        queues = ringview.live_queues(machine, ram_fd)
     finally:
         os.close(ram_fd)
-    before = [rings.sample(queue.ring) for queue in queues]
-    sleep(seconds)
-    return [_row(queue, earlier) for queue, earlier in zip(queues, before, strict=True)]
+    looks = [[queue.ring.sample()] for queue in queues]
+    for pause in ringview.pauses(seconds):
+        sleep(pause)
+        for queue, seen in zip(queues, looks, strict=True):
+            seen.append(queue.ring.sample())
+    return [_row(queue, seen) for queue, seen in zip(queues, looks, strict=True)]
 
 
-def _row(queue: LiveQueue, before: Sample) -> dict[str, Any]:
-    from .. import ringview as rings
+def _row(queue: LiveQueue, looks: Sequence[Sample]) -> dict[str, Any]:
+    from ..ringview import latest, state
 
-    now = rings.sample(queue.ring)
+    ring, now = queue.ring, latest(looks)
     return {
         "device": queue.device,
         "queue": queue.index,
-        "size": now.size,
+        "size": ring.size,
         "avail": now.avail,
         "used": now.used,
-        "outstanding": now.outstanding,
-        "state": rings.state(before, now),
-        "chains": {head: list(queue.ring.chain(head)) for head in queue.ring.in_flight()},
+        "outstanding": len(now.heads),
+        "state": state(looks),
+        "chains": {head: list(ring.chain(head)) for head in now.heads},
     }
 
 

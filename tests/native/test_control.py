@@ -175,7 +175,8 @@ def test_bad_words(words):
 
 
 def test_without_numpy(monkeypatch):
-    monkeypatch.delitem(sys.modules, "pyvmm.ringview", raising=False)
+    for name in [name for name in sys.modules if name.startswith("pyvmm.ringview")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr("pyvmm.ringview", raising=False)
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(ConfigError, match=r"needs numpy: pip install 'pyvmm\[numpy\]'"):

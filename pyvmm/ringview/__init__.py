@@ -1,0 +1,78 @@
+"""The virtqueues of a live machine, as NumPy arrays over its memory.
+
+This room owns the layouts of split rings as structured types, and what can be told
+from the rings alone: indices, what the device still has, whether it gets on.  It maps guest RAM
+read-only and changes nothing.  It must not know where the facts about the machine come from:
+`pyvmm.control` hands them out.  NumPy costs 0.1 s to import; only `pyvmm rings` loads this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..layout import RamRange
+from ..virtio.spec import F_RING_PACKED
+from .memory import GuestView
+from .ring import (
+    BROKEN,
+    BUSY,
+    IDLE,
+    INDIRECT,
+    NEXT,
+    STUCK,
+    UNCLEAR,
+    WRITE,
+    Ring,
+    Sample,
+    latest,
+    pauses,
+    state,
+)
+from .split import SplitRing
+
+__all__ = [
+    "BROKEN",
+    "BUSY",
+    "IDLE",
+    "INDIRECT",
+    "NEXT",
+    "STUCK",
+    "UNCLEAR",
+    "WRITE",
+    "GuestView",
+    "LiveQueue",
+    "Ring",
+    "Sample",
+    "SplitRing",
+    "latest",
+    "live_queues",
+    "packed",
+    "pauses",
+    "state",
+]
+
+
+class LiveQueue:
+    """A queue of a machine as `pyvmm.control` describes it."""
+
+    def __init__(self, view: GuestView, device: str, facts: Mapping[str, int]) -> None:
+        self.device = device
+        self.index = facts["index"]
+        self.ring: Ring = SplitRing(view, facts["size"], facts["desc"], facts["avail"], facts["used"])
+
+
+def live_queues(machine: Mapping[str, Any], ram_fd: int) -> list[LiveQueue]:
+    """The running queues of a machine whose memory is `ram_fd`, but for packed ones (see `packed`)."""
+    view = GuestView(ram_fd, [RamRange(*piece) for piece in machine["ram"]])
+    return [
+        LiveQueue(view, device["name"], queue)
+        for device in machine["devices"]
+        if not device["features"] & F_RING_PACKED
+        for queue in device["queues"]
+    ]
+
+
+def packed(machine: Mapping[str, Any]) -> list[str]:
+    """The devices whose rings are packed: memory does not tell how far those are."""
+    return [device["name"] for device in machine["devices"] if device["features"] & F_RING_PACKED]
