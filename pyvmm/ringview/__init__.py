@@ -1,6 +1,6 @@
 """The virtqueues of a live machine, as NumPy arrays over its memory.
 
-This room owns the layouts of split rings as structured types, and what can be told
+This room owns the layouts of split and packed rings as structured types, and what can be told
 from the rings alone: indices, what the device still has, whether it gets on.  It maps guest RAM
 read-only and changes nothing.  It must not know where the facts about the machine come from:
 `pyvmm.control` hands them out.  NumPy costs 0.1 s to import; only `pyvmm rings` loads this.
@@ -14,6 +14,7 @@ from typing import Any
 from ..layout import RamRange
 from ..virtio.spec import F_RING_PACKED
 from .memory import GuestView
+from .packed import PackedRing
 from .ring import (
     BROKEN,
     BUSY,
@@ -42,6 +43,7 @@ __all__ = [
     "WRITE",
     "GuestView",
     "LiveQueue",
+    "PackedRing",
     "Ring",
     "Sample",
     "SplitRing",
