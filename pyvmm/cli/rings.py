@@ -28,16 +28,17 @@ COMMAND = Command(
         ("what a device sits on", "pyvmm rings /run/vm.sock --seconds 5 --descriptors"),
     ),
     details="idle: the device has nothing; busy: it gave something back between the looks; stuck: it\n"
-    "had something all the time and gave nothing back; broken: the indices contradict each other.\n"
-    "Heads are those of a device that gives back in order.  Nothing in the machine is changed.\n"
-    "Exit status: 0, or 1 when a queue is stuck or broken.",
+    "had something all the time and gave nothing back; unclear: it gave nothing back, and the memory of a\n"
+    "packed ring does not tell whether it has something; broken: the ring contradicts itself.\n"
+    "Heads are those of a device that gives back in order; it may have given back one with a question mark.\n"
+    "Nothing in the machine is changed.  Exit status: 0, or 1 when a queue is stuck or broken.",
     words=True,
 )
 
 
 def main(argv: Sequence[str]) -> int:
     """Look for a while and print what was found."""
-    from .. import config, log
+    from .. import config
     from ..errors import ConfigError
 
     given = parse(COMMAND, argv)
@@ -48,14 +49,12 @@ def main(argv: Sequence[str]) -> int:
     from ..control import ask
 
     try:
-        from ..ringview import BROKEN, STUCK, packed
+        from ..ringview import BROKEN, STUCK
     except ModuleNotFoundError as error:
         raise ConfigError(f"pyvmm rings needs {error.name}: pip install 'pyvmm[numpy]'") from None
 
     seconds = config.seconds("--seconds", given.text("seconds", "1"))
     machine, ram_fd = ask(given.words[0])
-    for name in packed(machine):
-        log.warn(f"{name}: its rings are packed, and memory does not tell how far those are; not shown")
     rows = look(machine, ram_fd, seconds)
     sys.stdout.write(as_json(rows) if given.count("json") else as_table(rows, given.count("descriptors") > 0))
     return 1 if any(row["state"] in (STUCK, BROKEN) for row in rows) else 0
@@ -87,10 +86,12 @@ def _row(queue: LiveQueue, looks: Sequence[Sample]) -> dict[str, Any]:
     return {
         "device": queue.device,
         "queue": queue.index,
+        "ring": ring.format,
         "size": ring.size,
         "avail": now.avail,
         "used": now.used,
         "outstanding": len(now.heads),
+        "unsure": now.unsure,
         "state": state(looks),
         "chains": {head: list(ring.chain(head)) for head in now.heads},
     }
@@ -99,17 +100,20 @@ def _row(queue: LiveQueue, looks: Sequence[Sample]) -> dict[str, Any]:
 def as_table(rows: Sequence[dict[str, Any]], descriptors: bool) -> str:
     """Columns for people."""
     width = max([6, *(len(row["device"]) for row in rows)])
-    lines = [f"{'device':<{width}}  queue   size  avail   used  state   heads"]
+    lines = [f"{'device':<{width}}  queue  ring     size  avail   used  state    heads"]
     for row in rows:
-        heads = list(row["chains"])
-        more = " ..." if len(heads) > SHOWN_HEADS else ""
         lines.append(
-            f"{row['device']:<{width}}  {row['queue']:>5}  {row['size']:>5}  {row['avail']:>5}"
-            f"  {row['used']:>5}  {row['state']:<6}  {' '.join(map(str, heads[:SHOWN_HEADS]))}{more}".rstrip()
+            f"{row['device']:<{width}}  {row['queue']:>5}  {row['ring']:<6}  {row['size']:>5}"
+            f"  {row['avail']:>5}  {row['used']:>5}  {row['state']:<7}  {_heads(row)}".rstrip()
         )
         if descriptors:
-            lines += [_descriptor(head, *part) for head in heads for part in row["chains"][head]]
+            lines += [_descriptor(head, *part) for head, chain in row["chains"].items() for part in chain]
     return "".join(line + "\n" for line in lines)
+
+
+def _heads(row: dict[str, Any]) -> str:
+    heads = [f"{head}?" if turn < row["unsure"] else f"{head}" for turn, head in enumerate(row["chains"])]
+    return " ".join([*heads[:SHOWN_HEADS], *(["..."] if len(heads) > SHOWN_HEADS else [])])
 
 
 def _descriptor(head: int, address: int, length: int, flags: int) -> str:
@@ -121,7 +125,10 @@ def _descriptor(head: int, address: int, length: int, flags: int) -> str:
 
 
 def as_json(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows; `chains` maps a head to address, length and flags of its descriptors."""
+    """The rows; `chains` maps a head to address, length and flags of its descriptors, the oldest first.
+
+    The first `unsure` of `outstanding` chains may have been given back.
+    """
     import json
 
     return json.dumps({"queues": rows}, indent=2) + "\n"

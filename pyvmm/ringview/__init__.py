@@ -49,7 +49,6 @@ __all__ = [
     "SplitRing",
     "latest",
     "live_queues",
-    "packed",
     "pauses",
     "state",
 ]
@@ -58,23 +57,16 @@ __all__ = [
 class LiveQueue:
     """A queue of a machine as `pyvmm.control` describes it."""
 
-    def __init__(self, view: GuestView, device: str, facts: Mapping[str, int]) -> None:
-        self.device = device
+    def __init__(self, view: GuestView, device: Mapping[str, Any], facts: Mapping[str, int]) -> None:
+        self.device: str = device["name"]
         self.index = facts["index"]
-        self.ring: Ring = SplitRing(view, facts["size"], facts["desc"], facts["avail"], facts["used"])
+        places = facts["size"], facts["desc"], facts["avail"], facts["used"]
+        features = device["features"]
+        packed = features & F_RING_PACKED
+        self.ring: Ring = PackedRing(view, *places, features) if packed else SplitRing(view, *places)
 
 
 def live_queues(machine: Mapping[str, Any], ram_fd: int) -> list[LiveQueue]:
-    """The running queues of a machine whose memory is `ram_fd`, but for packed ones (see `packed`)."""
+    """The running queues of a machine whose memory is `ram_fd`."""
     view = GuestView(ram_fd, [RamRange(*piece) for piece in machine["ram"]])
-    return [
-        LiveQueue(view, device["name"], queue)
-        for device in machine["devices"]
-        if not device["features"] & F_RING_PACKED
-        for queue in device["queues"]
-    ]
-
-
-def packed(machine: Mapping[str, Any]) -> list[str]:
-    """The devices whose rings are packed: memory does not tell how far those are."""
-    return [device["name"] for device in machine["devices"] if device["features"] & F_RING_PACKED]
+    return [LiveQueue(view, device, queue) for device in machine["devices"] for queue in device["queues"]]

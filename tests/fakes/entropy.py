@@ -10,7 +10,9 @@ import threading
 import time
 
 from fakes.driver import ConfigAccess, VirtioDriver
+from fakes.packed_driver import AVAIL, EVENTS_AT, USED
 from fakes.program import LIMIT
+from fakes.ring_driver import WRITE
 
 from pyvmm import layout
 from pyvmm.virtio import spec
@@ -49,6 +51,40 @@ class Entropy:
                     return True
             time.sleep(0.002)
         return False
+
+
+class PackedEntropy(Entropy):
+    """The same with a packed ring, whose only ID is used again and again."""
+
+    def start(self):
+        self.driver.probe()
+        assert self.driver.negotiate(self.driver.device_features())
+        self.driver.queue(0, self._base, 8)
+        self.driver.add_status(spec.DRIVER_OK)
+
+    def ask(self, seconds=10.0):
+        turn, place = divmod(self._count, 8)
+        at, lap = self._base + 16 * place, (USED, AVAIL)[turn % 2 == 0]
+        with memoryview(self._ram) as ram:
+            struct.pack_into("<QIHH", ram, at, BUFFER, 64, 0, WRITE | lap)
+        self.driver.notify(0)
+        due = time.monotonic() + seconds
+        while time.monotonic() < due:
+            with memoryview(self._ram) as ram:
+                flags = struct.unpack_from("<H", ram, at + 14)[0]
+            if flags & (AVAIL | USED) != lap:
+                self._count += 1
+                self.wait_for(self._count)
+                return True
+            time.sleep(0.002)
+        return False
+
+    def wait_for(self, count, flags=EVENTS_AT):
+        """Ask for an event at the used descriptor after so many."""
+        turn, place = divmod(count, 8)
+        with memoryview(self._ram) as ram:
+            avail = self._base + spec.desc_bytes(8)
+            struct.pack_into("<HH", ram, avail, place | (turn % 2 == 0) << 15, flags)
 
 
 def loop_answers(loop, seconds=30.0):

@@ -16,7 +16,8 @@ import pytest
 pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 
 from fakes.backend import no_new_fds
-from fakes.entropy import Entropy, scenario
+from fakes.entropy import Entropy, PackedEntropy, scenario
+from fakes.packed_driver import EVENTS_OFF
 from fakes.program import SPIN, pvh_elf
 
 from pyvmm import config as cfg
@@ -32,9 +33,12 @@ RINGS = 0x10_0000
 FIRST_SLOT = 1
 
 
-@pytest.fixture
-def machine(tmp_path):
-    """A machine with an entropy device that spins, and its control socket where all users get to."""
+@pytest.fixture(params=["reconnect"])
+def machine(tmp_path, request):
+    """A machine with an entropy device that spins, and its control socket where all users get to.
+
+    The parameter is what happens when a backend is lost.
+    """
     folder = tempfile.mkdtemp(dir="/tmp")
     os.chmod(folder, 0o755)
     kernel, path = tmp_path / "vmlinux", f"{folder}/control"
@@ -44,6 +48,7 @@ def machine(tmp_path):
         memory=cfg.MemoryConfig(64 << 20),
         devices=(cfg.RngDevice("/dev/zero"),),
         control=path,
+        on_backend_loss=request.param,
     )
     with EventLoop() as loop, Vm(config, loop) as vm:
         yield vm, loop, path
@@ -60,7 +65,7 @@ def test_a_queue_at_work_and_stuck(machine, capsys):
         entropy.start()
         assert entropy.ask()
         assert rings.main([path, "--seconds", "0.01"]) == 0
-        assert capsys.readouterr().out.splitlines()[1].split() == ["rng", "0", "8", "1", "1", "idle"]
+        assert capsys.readouterr().out.splitlines()[1].split() == ["rng", "0", "split", "8", "1", "1", "idle"]
         backend = vm._prepared[0]._backend.process
         os.kill(backend.pid, signal.SIGSTOP)
         try:
@@ -69,11 +74,47 @@ def test_a_queue_at_work_and_stuck(machine, capsys):
         finally:
             os.kill(backend.pid, signal.SIGCONT)
         lines = capsys.readouterr().out.splitlines()
-        assert lines[1].split() == ["rng", "0", "8", "2", "1", "stuck", "0"]
+        assert lines[1].split() == ["rng", "0", "split", "8", "2", "1", "stuck", "0"]
         assert lines[2] == "    head 0: 0x300000, 64 bytes, device writes"
         assert rings.main([path, "--seconds", "0.3", "--json"]) == 0
         (row,) = json.loads(capsys.readouterr().out)["queues"]
         assert (row["device"], row["avail"], row["used"], row["state"]) == ("rng", 2, 2, "idle")
+
+    scenario(vm, loop, steps)
+
+
+@pytest.mark.parametrize("machine", ["fail"], indirect=True)  # where packed rings are offered
+def test_a_packed_queue_at_work_and_stuck(machine, capsys):
+    """For more than a lap; what it takes to say so is that the driver waits for an event."""
+    vm, loop, path = machine
+
+    def shown(*options):
+        status = rings.main([path, *options])
+        return status, [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+
+    def steps():
+        entropy = PackedEntropy(vm, FIRST_SLOT, RINGS)
+        entropy.start()
+        assert shown("--seconds", "0.01") == (0, [["rng", "0", "packed", "8", "0", "0", "idle"]])
+        for _ in range(9):
+            assert entropy.ask()
+        assert shown("--seconds", "0.01") == (0, [["rng", "0", "packed", "8", "9", "9", "idle"]])
+        backend = vm._prepared[0]._backend.process
+        os.kill(backend.pid, signal.SIGSTOP)
+        try:
+            assert not entropy.ask(0.05)
+            status, lines = shown("--seconds", "0.1", "--descriptors")
+            assert (status, lines[0]) == (1, ["rng", "0", "packed", "8", "10", "9", "stuck", "1"])
+            assert " ".join(lines[1]) == "head 1: 0x300000, 64 bytes, device writes"
+            entropy.wait_for(0, EVENTS_OFF)
+            unclear = ["rng", "0", "packed", "8", "10", "9", "unclear", "1?"]
+            assert shown("--seconds", "0.1") == (0, [unclear])
+        finally:
+            os.kill(backend.pid, signal.SIGCONT)
+        assert rings.main([path, "--seconds", "0.3", "--json"]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["queues"]
+        assert (row["ring"], row["avail"], row["used"], row["state"]) == ("packed", 10, 10, "idle")
+        assert (row["outstanding"], row["unsure"], row["chains"]) == (0, 0, {})
 
     scenario(vm, loop, steps)
 

@@ -171,10 +171,16 @@ def test_live_queues(ram: Ram) -> None:
         "ram": [[0, 0x8000, 0]],
         "devices": [
             {"name": "a disk", "features": 1 << 32, "queues": [queue]},
-            {"name": "a network", "features": 1 << 32 | 1 << 34, "queues": [queue]},
+            {"name": "a network", "features": 1 << 32 | 1 << 34, "queues": [{**queue, "desc": 0x4000}]},
         ],
     }
-    assert rings.packed(machine) == ["a network"]
     ram.give(2)
-    (found,) = rings.live_queues(machine, ram.fd)
-    assert (found.device, found.index, found.ring.sample().heads) == ("a disk", 1, (2,))
+    ram.put(0x4000, "<QIHH", 0x5000, 1, 0, 1 << 7)
+    split, packed = rings.live_queues(machine, ram.fd)
+    assert (split.device, split.index, split.ring.format, split.ring.sample().heads) == (
+        "a disk",
+        1,
+        "split",
+        (2,),
+    )
+    assert (packed.device, packed.ring.format, packed.ring.sample().heads) == ("a network", "packed", (0,))
