@@ -16,9 +16,13 @@ from guest.machines import Machine
 
 from pyvmm.host.kernels import Kernel
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TESTS = str(Path(__file__).parents[2])
+# In QEMU's emulation of SVM a guest now and then hangs at an instruction that KVM cannot read, to step over
+# it, although the guest executes it: a million page faults a minute, of which there are none otherwise.  No
+# VMM can do that to a guest, so its boot is tried once more.
+REFETCHED = 100_000
 
 
 @pytest.fixture(scope="session")
@@ -30,11 +34,20 @@ def outcomes() -> dict[str, Any]:
 def outcome(machine: Machine, kernel: Kernel, boot: str, outcomes: dict[str, Any]) -> dict[str, Any]:
     """The outcome of a boot, run now if it is the first of its rows."""
     if boot not in outcomes:
-        words = [sys.executable, "-P", "-m", "guest.devices.host_side", kernel.path, boot]
         outcomes[boot] = {"machine": {"log": "the host's side failed"}}
-        done = machine.run(*words, timeout=280, env={"PYTHONPATH": TESTS}).ok()
-        outcomes[boot] = json.loads(done.stdout.splitlines()[-1])
+        outcomes[boot] = run(machine, kernel, boot)
+        if outcomes[boot]["machine"]["refetched"] > REFETCHED:
+            print(f"\n{boot}: the guest hung in the emulated machine; once more", file=sys.__stderr__)
+            outcomes[boot] = run(machine, kernel, boot)
     result: dict[str, Any] = outcomes[boot]
+    return result
+
+
+def run(machine: Machine, kernel: Kernel, boot: str) -> dict[str, Any]:
+    """One boot, and what both of its sides report."""
+    words = [sys.executable, "-P", "-m", "guest.devices.host_side", kernel.path, boot]
+    done = machine.run(*words, timeout=280, env={"PYTHONPATH": TESTS}).ok()
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
