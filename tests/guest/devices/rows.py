@@ -139,7 +139,7 @@ ROWS = (
     Row(
         "net-tap", "net", "tap", "net",
         ("{python}", "-P", "-m", "pyvmm.backend.net", "--socket-path={sock}", "--tap=ptap0"),
-        "device_type=net", args={"megabytes": 64, "tap": "ptap0", "offloads": True},
+        "device_type=net", args={"megabytes": 16, "tap": "ptap0", "offloads": True},
         expect={"ping": 0}, modules=("tun",),
     ),
     Row(
