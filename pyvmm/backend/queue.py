@@ -13,7 +13,7 @@ from .._native.vring import PackedRing, RingError, VRing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .._native.vring import Chain, GuestMemory, Ring
 
@@ -25,6 +25,9 @@ class Queue:
     asked for, with what was written to it.  One pass hands out at most as many chains as
     the queue has entries, so that a busy driver cannot starve the others; the rest comes
     in the next call.
+
+    After `break`, the chain of that turn is given back when `on_queue` returns, and the rest comes in
+    the next call.  When `on_queue` raises, that chain stays in hand.  (Elsewhere, `notify` gives it back.)
     """
 
     def __init__(self, index: int, max_size: int) -> None:
@@ -45,6 +48,7 @@ class Queue:
         self.kicked = False  # whether SET_VRING_KICK came: a queue may go without the descriptor
         self.again = False
         self._kept: set[int] = set()
+        self._left: list[Chain] = []  # of loops that were left early
         self._missed_call = False
         self.close()
 
@@ -59,8 +63,10 @@ class Queue:
                 break
             try:
                 yield chain
-            finally:
-                self._settle(chain)
+            except GeneratorExit:  # `break`, or an exception: `hand_to` sees which
+                self._leave(chain)
+                raise
+            self._settle(chain)
         else:
             self.again = True
         self.notify()
@@ -92,8 +98,10 @@ class Queue:
     def notify(self) -> None:
         """Tell the driver about pushed chains, unless it asked not to be told.
 
-        Loops over the queue do this by themselves; call it after pushing a kept chain.
+        Loops over the queue do this by themselves, at their end; call it after pushing a kept chain.
         """
+        while self._left:
+            self._settle(self._left.pop(0))
         if self.ring is not None and self.ring.should_call():
             self._call()
 
@@ -107,6 +115,11 @@ class Queue:
     def running(self) -> bool:
         """Whether chains can be taken now."""
         return self.enabled and self.ring is not None and self.ring.running
+
+    def _leave(self, chain: Chain) -> None:
+        self._left.append(chain)
+        if self.ring is not None and self.ring.enable_kicks():
+            self.again = True  # for these the driver has kicked
 
     def _settle(self, chain: Chain) -> None:
         if id(chain) in self._kept:
@@ -135,6 +148,16 @@ class Queue:
             )
         if self.ring.resumed:
             self._call()  # a predecessor may have been killed between the used index and its call
+
+    def hand_to(self, method: Callable[[Queue], None]) -> None:
+        """Have a method of the device's take chains; those whose loops it left early go back then.
+
+        Not if it raises: nobody has done what they ask for, so a successor must find them in flight.
+        """
+        self._left.clear()
+        method(self)
+        if self._left:
+            self.notify()
 
     def stop(self) -> int:
         """End the ring and forget its eventfds; return the base to go on from."""

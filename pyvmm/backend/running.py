@@ -129,7 +129,7 @@ class RunningQueues:
         """End `queue`; the base from which it could go on."""
         if queue.ring is not None and queue.ring.running:
             queue.ending = True
-            self._device.on_stop(queue)
+            queue.hand_to(self._device.on_stop)
             queue.ending = False
             queue.notify()
         self._unwatch(queue)
@@ -170,7 +170,7 @@ class RunningQueues:
         if not queue.running:
             return
         queue.again = False
-        self._device.on_queue(queue)
+        queue.hand_to(self._device.on_queue)
         if queue.again:
             self._loop.call_later(0, lambda: self._serve(queue))
 
