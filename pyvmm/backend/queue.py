@@ -47,7 +47,7 @@ class Queue:
         self.ending = False  # within `Device.on_stop`, where the rest can be taken though disabled
         self.kicked = False  # whether SET_VRING_KICK came: a queue may go without the descriptor
         self.again = False
-        self._kept: set[int] = set()
+        self._lent: set[Chain] = set()  # by loops, which give them back
         self._left: list[Chain] = []  # of loops that were left early
         self._missed_call = False
         self.close()
@@ -61,6 +61,7 @@ class Queue:
             chain = self.pop()
             if chain is None:
                 break
+            self._lent.add(chain)
             try:
                 yield chain
             except GeneratorExit:  # `break`, or an exception: `hand_to` sees which
@@ -87,8 +88,11 @@ class Queue:
         return chain
 
     def keep(self, chain: Chain) -> None:
-        """Leave `chain` out of the automatic return: the device pushes it later, in any order."""
-        self._kept.add(id(chain))
+        """Leave `chain` out of the loop's return: the device pushes it later, in any order.
+
+        Nothing for a chain of `pop`, which nobody else pushes anyway.
+        """
+        self._lent.discard(chain)
 
     def rewind(self, count: int) -> None:
         """Put the last `count` popped and not pushed chains back, as if never popped."""
@@ -122,10 +126,10 @@ class Queue:
             self.again = True  # for these the driver has kicked
 
     def _settle(self, chain: Chain) -> None:
-        if id(chain) in self._kept:
-            self._kept.discard(id(chain))
-        elif not chain.pushed:
-            chain.push()
+        if chain in self._lent:
+            self._lent.remove(chain)
+            if not chain.pushed:
+                chain.push()
 
     def broke(self, error: RingError) -> None:
         """The driver broke the ring, which has stopped for good; the frontend is told."""

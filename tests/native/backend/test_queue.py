@@ -202,3 +202,24 @@ def test_break_in_on_stop(driver):
     driver.ask(b"ab", b"cd")
     assert driver.frontend.stop(0) == 1
     assert driver.answers(1) == [b"AB"]
+
+
+class Keeper(Upper):
+    """Keeps the first chain, which it has popped: that is not needed."""
+
+    def on_queue(self, queue):
+        if self.calls:
+            super().on_queue(queue)
+        elif (chain := queue.pop()) is not None:
+            self.calls += 1
+            queue.keep(chain)
+            chain.push(0)
+            queue.notify()
+
+
+def test_keeping_a_popped_chain_says_nothing_about_later_ones(driver):
+    """Whose objects are likely to have the same place in memory."""
+    driver.plug(Keeper())
+    for answer in (b"", b"AB", b"AB", b"AB"):
+        driver.ask(b"ab")
+        assert driver.answers(1, 2) == [answer]
