@@ -44,7 +44,8 @@ class Faults:
 
     The faults are the keys of `EFFECTS`, and `config_flip`, which counts reads of the configuration
     space instead.  `features` are feature bits to turn over in the offer.  A chain is hit by
-    at most one fault: the first in the table that is due.  `hits` tells what was done.
+    at most one fault: the first in the table that is due.  `hits` tells what was done, when it was done:
+    a chain after which none came has not been reordered.
     """
 
     def __init__(
@@ -84,28 +85,30 @@ class Faults:
         if device.threaded:
             raise ConfigError(f"{type(device).__name__} has a loop of its own, which takes no faults")
         device.features ^= self.features
-        start, read = device.on_start, device.on_config_read
+        start, stop, read = device.on_start, device.on_stop, device.on_config_read
 
         def on_start(queue: Queue) -> None:
             if queue.ring is not None:
                 queue.ring = FaultyRing(queue, queue.ring, self, device)  # type: ignore[assignment]
             start(queue)
 
+        def on_stop(queue: Queue) -> None:
+            stop(queue)
+            ring: Any = queue.ring
+            if isinstance(ring, FaultyRing):
+                ring.release()
+
         def on_config_read(offset: int, size: int) -> bytes:
             return self._flipped(read(offset, size))
 
-        device.on_start = on_start  # type: ignore[method-assign]
+        device.on_start, device.on_stop = on_start, on_stop  # type: ignore[method-assign]
         device.on_config_read = on_config_read  # type: ignore[method-assign]
 
-    def next_fault(self, queue: int) -> str:
-        """What hits the next chain: a key of `EFFECTS`, or nothing."""
+    def next_fault(self) -> tuple[int, str]:
+        """The next chain's number, and what hits it: a key of `EFFECTS`, or nothing."""
         number = self._chains
         self._chains += 1
-        for name in EFFECTS:
-            if self._due(name, number):
-                self._note(number, queue, name)
-                return name
-        return ""
+        return number, next((name for name in EFFECTS if self._due(name, number)), "")
 
     def _due(self, name: str, number: int) -> bool:
         rule = self.rules.get(name, 0.0)
@@ -118,13 +121,14 @@ class Faults:
         self._reads += 1
         if not data or not self._due("config_flip", number):
             return data
-        self._note(number, -1, "config_flip")
+        self.note(Hit(number, -1, "config_flip"))
         bit = Random(f"{self.seed} bit {number}").randrange(8 * len(data))
         return (int.from_bytes(data, "little") ^ 1 << bit).to_bytes(len(data), "little")
 
-    def _note(self, number: int, queue: int, name: str) -> None:
-        self.hits.append(Hit(number, queue, name))
-        log.debug(f"fault {name}: chain {number} of virtqueue {queue}")
+    def note(self, hit: Hit) -> None:
+        """Remember a fault that is done now."""
+        self.hits.append(hit)
+        log.debug(f"fault {hit.fault}: chain {hit.number} of virtqueue {hit.queue}")
 
 
 class FaultyRing:
@@ -132,7 +136,8 @@ class FaultyRing:
 
     def __init__(self, queue: Queue, ring: Ring, faults: Faults, device: Device) -> None:
         self.queue, self.ring, self.faults, self.device = queue, ring, faults, device
-        self.held: FaultyChain | None = None  # to go back after the next one
+        self._held: list[FaultyChain] = []  # to go back after the next one, the last of them first
+        self._in_hand = 0
         self._silent = False
 
     def __getattr__(self, name: str) -> Any:
@@ -143,11 +148,28 @@ class FaultyRing:
         chain = self.ring.pop()
         if chain is None:
             return None
-        return FaultyChain(self, chain, self.faults.next_fault(self.queue.index))
+        self._in_hand += 1
+        return FaultyChain(self, chain, *self.faults.next_fault())
+
+    def rewind(self, count: int) -> None:
+        """As of the real ring."""
+        self._in_hand -= count
+        self.ring.rewind(count)
+
+    def returned(self, item: FaultyChain) -> None:
+        """The device has given `item` back: do what is to be done with it."""
+        self._in_hand -= 1
+        before = self.ring.next_used
+        if item.fault not in ("", "reorder"):  # which is done when another one comes before it
+            item.note()
+        EFFECTS.get(item.fault, honest)(item)
+        if self.ring.next_used != before:
+            self.release()
 
     def should_call(self) -> bool:
         """As of the real ring, unless the call is to be lost."""
-        self.release()
+        if not (self._in_hand or self.ring.pending()):
+            self.release()  # nothing is sure to come after these
         wanted = self.ring.should_call()
         silent, self._silent = self._silent, False
         return wanted and not silent
@@ -156,20 +178,40 @@ class FaultyRing:
         """The next call does not come."""
         self._silent = True
 
+    def call_later(self, callback: Callable[[], None]) -> None:
+        """Call back `delay_seconds` from now, if there still is a driver to see it."""
+        connection = self.device.connection
+        if connection is not None:
+            connection.loop.call_later(self.faults.delay_seconds, callback)
+
+    def hold(self, item: FaultyChain) -> None:
+        """Give `item` back after the next one."""
+
+        def expire() -> None:
+            if item in self._held:
+                self.release()
+                self.queue.notify()
+
+        item.held_at = self.ring.next_used
+        self._held.append(item)
+        self.call_later(expire)
+
     def release(self) -> None:
-        """Give back the chain that was held up."""
-        held, self.held = self.held, None
-        if held is not None:
-            held.chain.push(held.length)
+        """Give back the chains that were held up."""
+        while self._held:
+            item = self._held.pop()
+            if self.ring.next_used != item.held_at:
+                item.note()
+            item.chain.push(item.length)
 
 
 class FaultyChain:
     """Stands in for a chain; `push` does what its fault says."""
 
-    def __init__(self, ring: FaultyRing, chain: Chain, fault: str) -> None:
-        self.ring, self.chain, self.fault = ring, chain, fault
+    def __init__(self, ring: FaultyRing, chain: Chain, number: int, fault: str) -> None:
+        self.ring, self.chain, self.number, self.fault = ring, chain, number, fault
         self.pushed = False
-        self.length = 0
+        self.length = self.held_at = 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.chain, name)
@@ -180,9 +222,11 @@ class FaultyChain:
             raise ValueError("the chain was already given back to the driver")
         self.pushed = True
         self.length = self.chain.written if length is None else length
-        EFFECTS.get(self.fault, honest)(self)
-        if self.ring.held is not self:
-            self.ring.release()
+        self.ring.returned(self)
+
+    def note(self) -> None:
+        """Its fault is done now."""
+        self.ring.faults.note(Hit(self.number, self.ring.queue.index, self.fault))
 
 
 # -- what each fault does with a chain that is to go back ---------------------------------------
@@ -202,11 +246,10 @@ def delay(item: FaultyChain) -> None:
 
     def late() -> None:
         item.chain.push(item.length)
+        item.ring.release()
         item.ring.queue.notify()
 
-    connection = item.ring.device.connection
-    assert connection is not None
-    connection.loop.call_later(item.ring.faults.delay_seconds, late)
+    item.ring.call_later(late)
 
 
 def short_write(item: FaultyChain) -> None:
@@ -231,9 +274,8 @@ def duplicate(item: FaultyChain) -> None:
 
 
 def reorder(item: FaultyChain) -> None:
-    """It goes back after the next one of those that the driver is told about together."""
-    item.ring.release()
-    item.ring.held = item
+    """It goes back after the next one, or `delay_seconds` later when none does until then."""
+    item.ring.hold(item)
 
 
 def spurious_call(item: FaultyChain) -> None:

@@ -15,9 +15,11 @@ from pyvmm.host.kernels import Kernel
 
 pytestmark = pytest.mark.slow
 
-FAULTS = "seed=5,delay=0.05,delay_seconds=0.02,reorder=0.1,spurious_call=0.1"
+FAULTS = "seed=5,delay=0.05,delay_seconds=0.02,reorder=0.3,spurious_call=0.1"
+# A reader and a writer at once: only where there are two requests can they be reordered.
 BODY = (
-    "mount -t virtiofs myfs /mnt && md5sum </mnt/in && cat /mnt/in >/mnt/out; umount /mnt && echo unmounted"
+    "mount -t virtiofs myfs /mnt && { md5sum </mnt/in & cat /mnt/in >/mnt/out; wait; }; "
+    "umount /mnt && echo unmounted"
 )
 SCRIPT = """
     cd $(mktemp -d)

@@ -6,6 +6,7 @@ import os
 import select
 import signal
 import struct
+import threading
 from time import monotonic, sleep
 
 import pytest
@@ -70,6 +71,12 @@ class Driver:
             sleep(0.001)
         self.frontend.number("GET_FEATURES")
 
+    def do(self, work):
+        """Do `work(device)` in the device's thread."""
+        done = threading.Event()
+        self.thread.call(lambda: (work(self.device), done.set()))
+        assert done.wait(10)
+
     def close(self):
         self.frontend.close()
         self.queue.close()
@@ -81,11 +88,12 @@ def plug():
     """A faulty device in a thread, and its driver."""
     running = []
 
-    def plug(**plan):
-        device, faults = Upper(), Faults(**plan)
+    def plug(device=None, **plan):
+        device, faults = device or Upper(), Faults(**plan)
         faults.attach(device)
         thread = DeviceThread(device)
         driver = Driver(thread.take_socket())
+        driver.device, driver.thread = device, thread
         running.extend((driver, thread))
         return driver, faults
 
@@ -113,11 +121,130 @@ def test_used_ring_shows_the_fault(plug, fault):
     assert [(hit.number, hit.queue, hit.fault) for hit in faults.hits] == [(1, 0, fault)]
 
 
-def test_reordered_chain_is_not_lost_when_it_is_the_last(plug):
-    driver, _ = plug(reorder={0, 1, 2})
-    heads = driver.send(b"ab", b"cd", b"ef")
+@pytest.mark.parametrize(
+    ("rule", "order", "done"),
+    [
+        (1.0, "edcba", [3, 2, 1, 0]),
+        ({0, 1}, "cbade", [1, 0]),
+        ({1, 2}, "adcbe", [2, 1]),
+        ({1, 3}, "acbed", [1, 3]),
+        ({4}, "abcde", []),
+    ],
+)
+def test_reordered_chains_come_after_the_next_one(plug, rule, order, done):
+    """And `hits` has those after which one came: not the last one that the driver sent."""
+    driver, faults = plug(reorder=rule)
+    heads = dict(zip(driver.send(*[b"ab"] * 5), "abcde", strict=True))
     assert driver.called()
-    assert sorted(driver.used()) == [(head, 2) for head in heads]
+    assert "".join(heads[head] for head, _ in driver.used()) == order
+    assert [hit.number for hit in faults.hits] == done
+
+
+class Hand(Upper):
+    """Keeps chains until it is told to give one back, and then tells the driver each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.hand = []
+
+    def on_queue(self, queue):
+        for chain in queue:
+            queue.keep(chain)
+            self.hand.append(chain)
+
+    def finish(self, index):
+        self.hand.pop(index).push(1)
+        self.queues[0].notify()
+
+
+def test_reordered_chain_waits_for_one_that_is_in_hand(plug):
+    driver, faults = plug(Hand(), reorder={0}, delay_seconds=60)
+    first, second = driver.send(b"a", b"b")
+    driver.settle()
+    for _ in range(2):
+        driver.do(lambda device: device.finish(0))
+    assert driver.used() == [(second, 1), (first, 1)]
+    assert [hit.number for hit in faults.hits] == [0]
+
+
+@pytest.mark.parametrize("fault", ["drop", "delay"])
+def test_reordered_chain_waits_for_one_that_does_come_back(plug, fault):
+    driver, _ = plug(reorder={0}, delay_seconds=60, **{fault: {1}})
+    first, _, third = driver.send(b"ab", b"cd", b"ef")
+    assert driver.called()
+    assert driver.used() == [(third, 2), (first, 2)]
+
+
+def test_reordered_chain_comes_after_one_that_was_delayed(plug):
+    driver, _ = plug(Hand(), reorder={0}, delay={1}, delay_seconds=0.3)
+    first, second, _ = driver.send(b"a", b"b", b"c")
+    driver.settle()
+    driver.do(lambda device: device.finish(1))
+    driver.do(lambda device: device.finish(0))
+    assert driver.called()
+    assert driver.used() == [(second, 1), (first, 1)]
+
+
+@pytest.mark.parametrize("fault", ["reorder", "delay"])
+def test_chains_that_are_given_back_to_nobody(plug, fault):
+    driver, _ = plug(Hand(), **{fault: {0}})
+    driver.send(b"a")
+    driver.settle()
+    driver.frontend.close()
+    driver.thread.close()
+    driver.device.hand.pop().push()
+    assert driver.used() == []
+
+
+def test_reordered_chain_does_not_wait_for_ever(plug):
+    driver, faults = plug(Hand(), reorder={0}, delay_seconds=0.2)
+    first, _ = driver.send(b"a", b"b")
+    driver.settle()
+    driver.do(lambda device: device.finish(0))
+    assert driver.used() == []
+    assert driver.called()
+    assert driver.used() == [(first, 1)]
+    assert faults.hits == []
+
+
+def test_reordered_chain_goes_back_when_the_queue_stops(plug):
+    driver, _ = plug(Hand(), reorder={0}, delay_seconds=60)
+    first, _ = driver.send(b"a", b"b")
+    driver.settle()
+    driver.do(lambda device: device.finish(0))
+    driver.frontend.stop(0)
+    assert driver.used() == [(first, 1)]
+    assert driver.called()
+
+
+def test_no_reordered_chain_waits_for_one_that_went_back_into_the_ring(plug):
+    driver, _ = plug(Hand(), reorder={3}, delay_seconds=60)
+    driver.send(b"a", b"b")
+    driver.settle()
+
+    def retract(device):
+        device.hand.pop()
+        device.queues[0].rewind(1)
+        device.on_queue(device.queues[0])
+        device.finish(0)
+        device.finish(0)
+
+    driver.do(retract)
+    assert driver.called()
+    driver.send(b"c")
+    driver.settle()
+    driver.do(lambda device: device.finish(0))
+    assert driver.called()
+    assert len(driver.used()) == 3
+
+
+def test_one_at_a_time_cannot_be_reordered(plug):
+    driver, faults = plug(reorder=1.0, delay_seconds=60)
+    for _ in range(3):
+        driver.send(b"ab")
+        assert driver.called()
+    assert len(driver.used()) == 3
+    assert faults.hits == []
 
 
 def test_delay(plug):
