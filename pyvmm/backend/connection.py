@@ -74,7 +74,9 @@ class Connection:
     def __init__(self, device: Device, sock: socket, loop: DeviceLoop, on_end: Callable[[str], None]) -> None:
         self.device = device
         self.loop = loop
-        self.agreed = Negotiation(device.features | TRANSPORT_FEATURES, protocol_features(device))
+        self.agreed = Negotiation(
+            device.offer(device.features | TRANSPORT_FEATURES), protocol_features(device)
+        )
         self.agreed.lenient = True
         self._running = RunningQueues(device, loop, lambda: self.agreed.virtio_acked)
         self.queues = self._running.queues

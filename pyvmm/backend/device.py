@@ -73,6 +73,10 @@ class Device:
 
     # -- driver --------------------------------------------------------------------------
 
+    def offer(self, features: int) -> int:
+        """What a new frontend is offered of `features`, the device's own bits and the transport's."""
+        return features
+
     def on_features(self, features: int) -> None:
         """The driver accepted `features`, which are also in `driver_features`."""
 

@@ -84,8 +84,7 @@ class Faults:
         """Have `device` misbehave from its next connection on; not for one with a native loop."""
         if device.threaded:
             raise ConfigError(f"{type(device).__name__} has a loop of its own, which takes no faults")
-        device.features ^= self.features
-        start, stop, read = device.on_start, device.on_stop, device.on_config_read
+        offer, start, stop, read = device.offer, device.on_start, device.on_stop, device.on_config_read
 
         def on_start(queue: Queue) -> None:
             if queue.ring is not None:
@@ -101,6 +100,7 @@ class Faults:
         def on_config_read(offset: int, size: int) -> bytes:
             return self._flipped(read(offset, size))
 
+        device.offer = lambda features: offer(features) ^ self.features  # type: ignore[method-assign]
         device.on_start, device.on_stop = on_start, on_stop  # type: ignore[method-assign]
         device.on_config_read = on_config_read  # type: ignore[method-assign]
 

@@ -215,7 +215,7 @@ class ProxyConnection(Connection):
     def _of_features(self, reply: Payload) -> Payload:
         assert isinstance(reply, U64)
         self.offered = reply.value & ~HIDDEN
-        return U64((self.offered | F_EVENT_IDX) ^ self.device.features)
+        return U64(self.device.offer(self.offered | F_EVENT_IDX))
 
     def _of_protocol(self, reply: Payload) -> Payload:
         assert isinstance(reply, U64)

@@ -302,6 +302,18 @@ def test_features_and_configuration(plug):
     assert faults.hits[0].fault == "config_flip"
 
 
+@pytest.mark.parametrize("bit", [3, 26, 28, 29, 30, 32, 34, 35])
+def test_any_bit_of_the_offer_can_be_turned_over(bit):
+    """Those of the device, and those of the transport that no device names."""
+    offers = []
+    for plan in ({}, {"features": 1 << bit}):
+        device = Upper()
+        Faults(**plan).attach(device)
+        with DeviceThread(device) as thread:
+            offers.append(RawFrontend(thread.take_socket()).number("GET_FEATURES"))
+    assert offers[0] ^ offers[1] == 1 << bit
+
+
 def traffic(plug, **plan):
     driver, faults = plug(**plan)
     for i in range(16 // 2 - 1):
