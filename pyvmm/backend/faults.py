@@ -78,7 +78,8 @@ class Faults:
         rules: dict[str, set[int]] = {}
         for hit in self.hits:
             rules.setdefault(hit.fault, set()).add(hit.number)
-        return Faults(delay_seconds=self.delay_seconds, features=self.features, **rules)  # type: ignore[arg-type]
+        plan: dict[str, Any] = {"delay_seconds": self.delay_seconds, "features": self.features, **rules}
+        return Faults(seed=self.seed, **plan)  # the seed says which bits were flipped
 
     def attach(self, device: Device) -> None:
         """Have `device` misbehave from its next connection on; not for one with a native loop."""

@@ -88,8 +88,8 @@ def plug():
     """A faulty device in a thread, and its driver."""
     running = []
 
-    def plug(device=None, **plan):
-        device, faults = device or Upper(), Faults(**plan)
+    def plug(device=None, faults=None, **plan):
+        device, faults = device or Upper(), faults or Faults(**plan)
         faults.attach(device)
         thread = DeviceThread(device)
         driver = Driver(thread.take_socket())
@@ -332,6 +332,17 @@ def test_same_seed_does_the_same_and_a_replay_too(plug):
     assert replay.hits == faults.hits
     others = {tuple(traffic(plug, seed=seed, **plan)[0]) for seed in range(4, 9)}
     assert len(others | {tuple(seen)}) > 1
+
+
+def test_replay_flips_the_same_bits(plug):
+    def reads(faults):
+        driver, _ = plug(faults=faults)
+        return [driver.frontend.ask("GET_CONFIG", Config(0, 0, bytes(4))).data for _ in range(8)]
+
+    faults = Faults(seed=7, config_flip=0.5)
+    seen = reads(faults)
+    assert len(set(seen)) > 2
+    assert reads(faults.replay()) == seen
 
 
 def test_after(plug):
