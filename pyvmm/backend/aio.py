@@ -14,13 +14,14 @@ from .server import Server, socket_at
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from ..loop import Callback, Timer
     from .device import Device
     from .server import Where
 
 
 async def serve_async(device: Device, where: Where) -> None:
     """As `serve`, until the task is cancelled or, on a connected socket, the connection ends."""
-    with DeviceLoop() as loop:
+    with _InnerLoop() as loop:
         sock, remove = socket_at(where)
         server = Server(device, sock, loop)
         try:
@@ -28,6 +29,15 @@ async def serve_async(device: Device, where: Where) -> None:
         finally:
             server.close()
             remove()
+
+
+class _InnerLoop(DeviceLoop):
+    """A loop that has a turn after each new timer: set by a task, it may be due before anything else."""
+
+    def call_later(self, seconds: float, callback: Callback) -> Timer:
+        timer = super().call_later(seconds, callback)
+        self._wake()
+        return timer
 
 
 class _Bridge:

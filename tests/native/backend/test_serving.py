@@ -1,11 +1,8 @@
-"""Ways of serving beside the blocking one, state transfers, NumPy views, completion in any order."""
+"""Serving in a thread, state transfers, NumPy views."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import random
-import socket
 import struct
 import sys
 import threading
@@ -16,7 +13,7 @@ pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not buil
 
 from fakes.ring_driver import DriverQueue, Ram, RawFrontend, receive_one
 
-from pyvmm.backend import Device, DeviceThread, serve_async
+from pyvmm.backend import Device, DeviceThread
 from pyvmm.vhost_user.payloads import U64, DeviceState
 
 
@@ -51,90 +48,6 @@ class Upper(Device):
             chain.write(chain.read().upper())
 
 
-class Sleepy(Upper):
-    """Completes each chain in a task of its own, after as many turns of the loop as it says."""
-
-    def __init__(self):
-        super().__init__()
-        self.order = []
-        self.tasks = set()
-
-    def on_queue(self, queue):
-        for chain in queue:
-            queue.keep(chain)
-            task = asyncio.get_running_loop().create_task(self._answer(queue, chain))
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
-
-    async def _answer(self, queue, chain):
-        data = chain.read()
-        for _ in range(data[0]):
-            await asyncio.sleep(0)
-        chain.write(data.upper())
-        self.order.append(data[0])
-        chain.push()
-        queue.notify()
-
-
-def drive(sock, script):
-    """Run `script(driver)` in a thread and await its result."""
-
-    def work():
-        driver = Driver(sock)
-        try:
-            return script(driver)
-        finally:
-            driver.close()
-
-    return asyncio.to_thread(work)
-
-
-def test_asyncio_with_completion_in_any_order():
-    device = Sleepy()
-    turns = random.Random(2).sample(range(1, 60), 8)
-
-    def script(driver):
-        heads = {driver.queue.add([bytes([turn]) + b"abc"], [4]): turn for turn in turns}
-        driver.queue.kick()
-        got = []
-        while len(got) < len(turns):
-            used = driver.queue.wait(20)
-            assert used
-            got += used
-        return {heads[head]: data for head, data in got}, [heads[head] for head, _ in got]
-
-    async def main():
-        ours, theirs = socket.socketpair()
-        serving = asyncio.create_task(serve_async(device, theirs))
-        answers, order = await drive(ours, script)
-        await serving  # it ends with the connection
-        return answers, order
-
-    answers, order = asyncio.run(main())
-    assert answers == {turn: bytes([turn]).upper() + b"ABC" for turn in turns}
-    assert order == device.order != turns
-    assert order == sorted(turns)  # who waits longer comes later
-
-
-def test_asyncio_at_a_path_until_cancelled(tmp_path):
-    path = str(tmp_path / "sock")
-
-    async def main():
-        serving = asyncio.create_task(serve_async(Upper(), path))
-        for _ in range(3):
-            while not os.path.exists(path):
-                await asyncio.sleep(0.01)
-            sock = socket.socket(socket.AF_UNIX)
-            sock.connect(path)
-            assert await drive(sock, lambda driver: driver.ask([b"abc"], [3])) == b"ABC"
-        serving.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await serving
-
-    asyncio.run(main())
-    assert not os.path.exists(path)
-
-
 class Broken(Upper):
     def on_queue(self, queue):
         for _ in queue:
@@ -146,18 +59,6 @@ def trip(driver):
     driver.queue.kick()
     with pytest.raises((EOFError, ConnectionError)):
         driver.frontend.receive()
-
-
-def test_bug_in_a_device_is_raised_by_serve_async():
-    async def main():
-        ours, theirs = socket.socketpair()
-        serving = asyncio.create_task(serve_async(Broken(), theirs))
-        driving = asyncio.create_task(drive(ours, trip))
-        with pytest.raises(ZeroDivisionError):
-            await serving
-        await asyncio.gather(driving, return_exceptions=True)
-
-    asyncio.run(main())
 
 
 def test_thread():
