@@ -283,6 +283,10 @@ class Proxy(Device):
         if self.recorder is not None:
             self.recorder.close()
 
+    def on_connect(self) -> None:
+        if self.recorder is not None:
+            self.recorder.add("connect")
+
     def on_config_read(self, offset: int, size: int) -> bytes:
         return self.answer
 

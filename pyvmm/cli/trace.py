@@ -8,14 +8,22 @@ from .parse import Command, Option, parse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable, Sequence
+
+    from ..vhost_user.recording import Line
+    from .parse import Arguments
 
 COMMAND = Command(
     "trace",
     "Show a recording made with `python -m pyvmm.backend.proxy --record FILE`, or say the frontend's side\n"
     "of it to a backend and compare the answers.",
     "trace show FILE\n       pyvmm trace replay FILE --to SOCKET",
-    (Option("--to", "SOCKET", "the backend to have the recorded dialogue with"),),
+    (
+        Option("--to", "SOCKET", "the backend to have the recorded dialogue with"),
+        Option("--connection", "N", "have only what was said on the Nth connection, from 1"),
+        Option("--paced", "", "ask at the recorded times, instead of at once"),
+    ),
     examples=(
         ("every message and chain", "pyvmm trace show session.jsonl"),
         ("does another backend answer the same?", "pyvmm trace replay session.jsonl --to /run/rng.sock"),
@@ -33,41 +41,64 @@ def main(argv: Sequence[str]) -> int:
     action = ACTIONS.get(given.words[0]) if len(given.words) == 2 else None
     if action is None:
         raise ConfigError(f"one of {', '.join(ACTIONS)} and a FILE are needed (see pyvmm trace --help)")
-    try:
-        return action(given.words[1], given.text("to"))
-    except OSError as error:
-        raise ConfigError(f"{error.filename or given.text('to')}: {error.strerror}") from None
+    return action(given.words[1], given)
 
 
-def show(path: str, to: str) -> int:
+def show(path: str, given: Arguments) -> int:
     """Print the recording."""
     from ..vhost_user.recording import read
 
     for line in read(path):
         sys.stdout.write(line.as_text())
+    sys.stdout.flush()
     return 0
 
 
-def replay(path: str, to: str) -> int:
-    """Have the dialogue with the backend at the socket `to`."""
+def replay(path: str, given: Arguments) -> int:
+    """Have the dialogue with the backend at the socket that `--to` names."""
+    from ..errors import ConfigError
+    from ..vhost_user import replay as player
+
+    to = given.text("to")
+    if not to:
+        raise ConfigError("--to is missing: the socket of the backend to ask")
+    pace = player.Paced() if given.count("paced") else player.at_once
+    for number, lines in chosen(path, given.text("connection")).items():
+        difference = player.replay(lines, connected(to, number), pace)
+        if difference is not None:
+            sys.stdout.write(f"connection {number}\n{difference}\n")
+            return 1
+    sys.stdout.write("every answer is as recorded\n")
+    return 0
+
+
+def chosen(path: str, number: str) -> dict[str, list[Line]]:
+    """The connections in the recording by their numbers: all, or the one that is asked for."""
+    from ..errors import ConfigError
+    from ..vhost_user.recording import connections, read
+
+    every = {str(count): lines for count, lines in enumerate(connections(read(path)), 1)}
+    if not number:
+        return every
+    if number not in every:
+        raise ConfigError(f"--connection: {number}: {path} has those from 1 to {len(every)}")
+    return {number: every[number]}
+
+
+def connected(path: str, number: str) -> socket:
+    """A socket connected to `path`, for connection `number` of a recording."""
     from _socket import AF_UNIX, SOCK_STREAM, socket
 
     from ..errors import ConfigError
-    from ..vhost_user import replay as player
-    from ..vhost_user.recording import read
 
-    if not to:
-        raise ConfigError("--to is missing: the socket of the backend to ask")
-    lines = list(read(path))
     sock = socket(AF_UNIX, SOCK_STREAM)
     try:
-        sock.connect(to)
-    except OSError:
+        sock.connect(path)
+    except OSError as error:
         sock.close()
-        raise
-    difference = player.replay(lines, sock)
-    sys.stdout.write("every answer is as recorded\n" if difference is None else f"{difference}\n")
-    return 0 if difference is None else 1
+        cure = "; a backend that serves one alone needs --connection" if number != "1" else ""
+        raise ConfigError(f"{path}: connection {number}: {error.strerror}{cure}") from None
+    return sock
 
 
-ACTIONS: dict[str, Callable[[str, str], int]] = {"show": show, "replay": replay}
+ACTIONS: dict[str, Callable[[str, Arguments], int]] = {"show": show, "replay": replay}

@@ -1,8 +1,9 @@
 """A dialogue with a backend as a file, to be looked at later or to be had again.
 
 The file has a header and then one line of JSON a message, with the payload's bytes and the kind of each
-descriptor; where a proxy sees them also a line for each chain that was taken and given back.
-It owns that format, versioned in the header.  It must not know who records, nor what becomes of it.
+descriptor; where a proxy sees them also a line for each connection of a frontend's, and for each chain
+that was taken and given back.  It owns that format, versioned in the header.  It must not know who
+records, nor what becomes of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .trace import ACK, BACKEND, ERROR, FRONTEND, REPLY, REQUEST, Event, as_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
     from .client import Converse, Exchange
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 MAGIC = "pyvmm-recording"
 VERSION = 1
 TABLES = {FRONTEND: FRONTEND_REQUESTS, BACKEND: BACKEND_REQUESTS}
-CHAIN, USED = "chain", "used"
+CONNECT, CHAIN, USED = "connect", "chain", "used"
 
 
 class Line(Record):
@@ -67,6 +68,8 @@ class Line(Record):
 
     def as_text(self) -> str:
         """One line for people, as in a live trace."""
+        if self.kind == CONNECT:
+            return f"{self.at:12.6f} a frontend connected\n"
         if self.kind == CHAIN:
             parts = f"readable {_sizes(self.readable)}, writable {_sizes(self.writable)}"
             return f"{self.at:12.6f} queue {self.queue} chain {self.head}: {parts}\n"
@@ -137,9 +140,23 @@ class Recorder:
         )
 
 
+def connections(lines: Iterable[Line]) -> list[list[Line]]:
+    """The lines of each connection, in their order."""
+    found: list[list[Line]] = []
+    for line in lines:
+        if line.kind == CONNECT or not found:
+            found.append([])
+        found[-1].append(line)
+    return found
+
+
 def read(path: str) -> Iterator[Line]:
     """The lines of a recording; ConfigError when the file is none, or of another version."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    try:
+        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    with file:
         head = _object(path, 1, file.readline())
         if MAGIC not in head:
             raise ConfigError(f"{path}: this is no recording of pyvmm's")

@@ -1,14 +1,15 @@
 """A recorded dialogue, had again with another backend: what it answers differently.
 
-It says the frontend's requests of a recording in their order, with descriptors of its own making, and
-compares the answers.  Rings stay empty, so that where a queue stops (GET_VRING_BASE) is not compared.
-It must not know the file (`recording`).
+It says the frontend's requests on one connection of a recording in their order, with descriptors of its
+own making, and compares the answers.  Rings stay empty, so that where a queue stops (GET_VRING_BASE) is not
+compared.  It must not know the file (`recording`).
 """
 
 from __future__ import annotations
 
 import os
 from _socket import socket, socketpair
+from time import monotonic, sleep
 
 from ..errors import LocalProtocolError, RemoteProtocolError
 from ..record import Record
@@ -20,12 +21,28 @@ from .trace import ACK, ERROR, FRONTEND, REPLY, REQUEST
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from .payloads import Payload
 
 SECONDS = 10.0
 UNCOMPARED = {"GET_VRING_BASE"}
+
+
+def at_once(at: float) -> None:
+    """The pace of whoever does not wait."""
+
+
+class Paced:
+    """The pace of the recording: waits for the time of each line, counted from the first one."""
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+
+    def __call__(self, at: float) -> None:
+        if self._offset is None:
+            self._offset = monotonic() - at
+        sleep(max(0.0, at + self._offset - monotonic()))
 
 
 class Difference(Record):
@@ -38,14 +55,15 @@ class Difference(Record):
         return f"recorded: {self.recorded.as_text().strip()}\nnow:      {self.seen}"
 
 
-def replay(lines: Iterable[Line], sock: socket) -> Difference | None:
+def replay(lines: Iterable[Line], sock: socket, pace: Callable[[float], None] = at_once) -> Difference | None:
     """Have the dialogue of `lines` with the backend behind `sock`, which is closed in the end.
 
-    None when every answer is as recorded.
+    `pace` is called with the time of each line.  None when every answer is as recorded.
     """
     player = Player(sock)
     try:
         for line in lines:
+            pace(line.at)
             difference = player.play(line) if line.channel == FRONTEND else None
             if difference is not None:
                 return difference
