@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .connection import Connection
+    from .faults import Hit
     from .loop import DeviceLoop
     from .queue import Queue
 
@@ -104,6 +105,9 @@ class Device:
     def on_config_write(self, offset: int, data: bytes) -> None:
         """The driver writes `data` at `offset` of the configuration space."""
         self.config.write(offset, data)
+
+    def on_fault(self, hit: Hit) -> None:
+        """`Faults` has the device misbehave now: what its driver sees is not what it did."""
 
     # -- state -----------------------------------------------------------------------------
 

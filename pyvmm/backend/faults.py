@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +33,17 @@ BEYOND = 4096  # bytes more than the chain had room for, in a `used_len`
 
 
 class Hit(Record):
-    """One fault that was done: in which queue, to which chain (counted over all queues, from 0)."""
+    """One fault that was done: in which queue, to which chain (counted over all queues, from 0).
+
+    One in the configuration space has the number of the read, in the offer none (-1), and neither a queue.
+    `head` is the chain's, `detail` what is wrong now.
+    """
 
     number: int
     queue: int
     fault: str
+    head: int = -1
+    detail: str = ""
 
 
 class Faults:
@@ -85,25 +92,8 @@ class Faults:
         """Have `device` misbehave from its next connection on; not for one with a native loop."""
         if device.threaded:
             raise ConfigError(f"{type(device).__name__} has a loop of its own, which takes no faults")
-        offer, start, stop, read = device.offer, device.on_start, device.on_stop, device.on_config_read
-
-        def on_start(queue: Queue) -> None:
-            if queue.ring is not None:
-                queue.ring = FaultyRing(queue, queue.ring, self, device)  # type: ignore[assignment]
-            start(queue)
-
-        def on_stop(queue: Queue) -> None:
-            stop(queue)
-            ring: Any = queue.ring
-            if isinstance(ring, FaultyRing):
-                ring.release()
-
-        def on_config_read(offset: int, size: int) -> bytes:
-            return self._flipped(read(offset, size))
-
-        device.offer = lambda features: offer(features) ^ self.features  # type: ignore[method-assign]
-        device.on_start, device.on_stop = on_start, on_stop  # type: ignore[method-assign]
-        device.on_config_read = on_config_read  # type: ignore[method-assign]
+        for name, around in AROUND.items():
+            setattr(device, name, partial(around, self, device, getattr(device, name)))
 
     def next_fault(self) -> tuple[int, str]:
         """The next chain's number, and what hits it: a key of `EFFECTS`, or nothing."""
@@ -117,19 +107,62 @@ class Faults:
             return number in rule
         return number >= self.after and Random(f"{self.seed} {name} {number}").random() < rule
 
-    def _flipped(self, data: bytes) -> bytes:
+    def flipped(self, device: Device, data: bytes) -> bytes:
+        """What a read of the configuration space becomes, which gave `data`."""
         number = self._reads
         self._reads += 1
         if not data or not self._due("config_flip", number):
             return data
-        self.note(Hit(number, -1, "config_flip"))
         bit = Random(f"{self.seed} bit {number}").randrange(8 * len(data))
+        self.note(device, Hit(number, -1, "config_flip", detail=f"bit {bit}"))
         return (int.from_bytes(data, "little") ^ 1 << bit).to_bytes(len(data), "little")
 
-    def note(self, hit: Hit) -> None:
-        """Remember a fault that is done now."""
+    def note(self, device: Device, hit: Hit) -> None:
+        """Remember, and tell, that a fault is done now."""
         self.hits.append(hit)
+        device.on_fault(hit)
         log.debug(f"fault {hit.fault}: chain {hit.number} of virtqueue {hit.queue}")
+
+
+# -- what is done around the methods of a device, by their names -----------------------------------
+
+
+def _offer(faults: Faults, device: Device, offer: Callable[[int], int], features: int) -> int:
+    return offer(features) ^ faults.features
+
+
+def _on_connect(faults: Faults, device: Device, connect: Callable[[], None]) -> None:
+    connect()
+    if faults.features:
+        device.on_fault(Hit(-1, -1, "features", detail=f"{faults.features:#x}"))
+
+
+def _on_start(faults: Faults, device: Device, start: Callable[[Queue], None], queue: Queue) -> None:
+    if queue.ring is not None:
+        queue.ring = FaultyRing(queue, queue.ring, faults, device)  # type: ignore[assignment]
+    start(queue)
+
+
+def _on_stop(faults: Faults, device: Device, stop: Callable[[Queue], None], queue: Queue) -> None:
+    stop(queue)
+    ring: Any = queue.ring
+    if isinstance(ring, FaultyRing):
+        ring.release()
+
+
+def _on_config_read(
+    faults: Faults, device: Device, read: Callable[[int, int], bytes], offset: int, size: int
+) -> bytes:
+    return faults.flipped(device, read(offset, size))
+
+
+AROUND: dict[str, Callable[..., Any]] = {
+    "offer": _offer,
+    "on_connect": _on_connect,
+    "on_start": _on_start,
+    "on_stop": _on_stop,
+    "on_config_read": _on_config_read,
+}
 
 
 class FaultyRing:
@@ -227,7 +260,8 @@ class FaultyChain:
 
     def note(self) -> None:
         """Its fault is done now."""
-        self.ring.faults.note(Hit(self.number, self.ring.queue.index, self.fault))
+        ring = self.ring
+        ring.faults.note(ring.device, Hit(self.number, ring.queue.index, self.fault, self.chain.head))
 
 
 # -- what each fault does with a chain that is to go back ---------------------------------------

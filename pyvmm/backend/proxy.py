@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from ..vhost_user.codec import Message
     from ..vhost_user.payloads import Payload
     from ..vhost_user.recording import Recorder
+    from .faults import Hit
     from .loop import DeviceLoop
     from .queue import Queue
 
@@ -286,6 +287,11 @@ class Proxy(Device):
     def on_connect(self) -> None:
         if self.recorder is not None:
             self.recorder.add("connect")
+
+    def on_fault(self, hit: Hit) -> None:
+        if self.recorder is not None:
+            about = {"message": hit.fault, "number": hit.number, "detail": hit.detail}
+            self.recorder.add("fault", queue=hit.queue, head=hit.head, **about)
 
     def on_config_read(self, offset: int, size: int) -> bytes:
         return self.answer

@@ -2,8 +2,8 @@
 
 The file has a header and then one line of JSON a message, with the payload's bytes and the kind of each
 descriptor; where a proxy sees them also a line for each connection of a frontend's, and for each chain
-that was taken and given back.  It owns that format, versioned in the header.  It must not know who
-records, nor what becomes of it.
+that was taken and given back, and for each fault on purpose.  It owns that format, versioned
+in the header.  It must not know who records, nor what becomes of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .trace import ACK, BACKEND, ERROR, FRONTEND, REPLY, REQUEST, Event, as_text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any
 
     from .client import Converse, Exchange
@@ -31,14 +31,15 @@ if TYPE_CHECKING:
 MAGIC = "pyvmm-recording"
 VERSION = 1
 TABLES = {FRONTEND: FRONTEND_REQUESTS, BACKEND: BACKEND_REQUESTS}
-CONNECT, CHAIN, USED = "connect", "chain", "used"
+CONNECT, CHAIN, USED, FAULT = "connect", "chain", "used", "fault"
 
 
 class Line(Record):
     """One line.  Messages fill the first row of fields, what happens in a ring the second.
 
     `channel` says who asks on it, `sender` who sent this; `data` is the payload in hexadecimal.
-    `readable` and `writable` are the sizes of a chain's parts, `length` the used length.
+    `readable` and `writable` are the sizes of a chain's parts, `length` the used length, before a fault.
+    That has its name for a message, the number that names it in a plan, and no queue (-1) outside of rings.
     """
 
     at: float
@@ -55,6 +56,8 @@ class Line(Record):
     readable: tuple[int, ...] = ()
     writable: tuple[int, ...] = ()
     length: int = 0
+    number: int = 0
+    detail: str = ""
 
     @property
     def payload(self) -> Payload:
@@ -68,13 +71,9 @@ class Line(Record):
 
     def as_text(self) -> str:
         """One line for people, as in a live trace."""
-        if self.kind == CONNECT:
-            return f"{self.at:12.6f} a frontend connected\n"
-        if self.kind == CHAIN:
-            parts = f"readable {_sizes(self.readable)}, writable {_sizes(self.writable)}"
-            return f"{self.at:12.6f} queue {self.queue} chain {self.head}: {parts}\n"
-        if self.kind == USED:
-            return f"{self.at:12.6f} queue {self.queue} chain {self.head} used, {self.length} bytes\n"
+        text = TEXTS.get(self.kind)
+        if text is not None:
+            return f"{self.at:12.6f} {text(self)}\n"
         kinds = f"  ({', '.join(self.fds)})" if self.fds else ""
         return f"{as_text(self._event()).rstrip()}{kinds}\n"
 
@@ -90,8 +89,37 @@ class Line(Record):
         )
 
 
+def _connect_text(line: Line) -> str:
+    return "a frontend connected"
+
+
+def _chain_text(line: Line) -> str:
+    sizes = (f"{name} {_sizes(getattr(line, name))}" for name in ("readable", "writable"))
+    return f"queue {line.queue} chain {line.head}: {', '.join(sizes)}"
+
+
+def _used_text(line: Line) -> str:
+    return f"queue {line.queue} chain {line.head} used, {line.length} bytes"
+
+
+def _fault_text(line: Line) -> str:
+    where = f"queue {line.queue} chain {line.head} " if line.queue >= 0 else ""
+    number = f" (number {line.number})" if line.number >= 0 else ""
+    detail = f": {line.detail}" if line.detail else ""
+    return f"{where}fault {line.message}{number}{detail}"
+
+
 def _sizes(sizes: Sequence[int]) -> str:
     return "+".join(str(size) for size in sizes) or "0"
+
+
+# What is no message; `used` is what the backend did, and a fault of the proxy's after it what became of that
+TEXTS: dict[str, Callable[[Line], str]] = {
+    CONNECT: _connect_text,
+    CHAIN: _chain_text,
+    USED: _used_text,
+    FAULT: _fault_text,
+}
 
 
 class Recorder:

@@ -219,6 +219,22 @@ def test_recording_has_messages_descriptors_and_chains(recording):
     assert "(eventfd)" in text
 
 
+def test_recording_has_the_faults(plug, tmp_path):
+    """After what the backend did."""
+    path = str(tmp_path / "recording")
+    driver = plug(record=path, drop={1}, config_flip={0}, features=1 << 5)
+    heads = driver.send(b"ab", b"cd", b"ef")
+    until(driver, 2)
+    driver.frontend.ask("GET_CONFIG", Config(0, 0, bytes(4)))
+    driver.settle()
+    texts = [line.as_text()[13:] for line in read(path)]
+    at = texts.index(f"queue 0 chain {heads[1]} used, 2 bytes\n")
+    assert texts[at + 1] == f"queue 0 chain {heads[1]} fault drop (number 1)\n"
+    faults = [text for text in texts if text.startswith("fault")]
+    assert faults[0] == "fault features: 0x20\n"
+    assert faults[1].startswith("fault config_flip (number 0): bit ")
+
+
 def play(path, make, tmp_path):
     socket_path = str(tmp_path / "again")
     backend = Listener(make(), socket_path)
