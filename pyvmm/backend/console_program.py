@@ -61,8 +61,10 @@ class TerminalConsole(Console):
 
     def _port(self, values: dict[str, Any]) -> PortConfig:
         """Open what one `--port` names.  The device closes its own copies of the descriptors."""
-        if values["fd"] >= 0:
-            return PortConfig(values["name"], values["console"], values["fd"], values["fd"])
+        fd = values["fd"]
+        if fd >= 0:
+            _check(fd)
+            return PortConfig(values["name"], values["console"], fd, fd)
         stream = open_stream(OPTION, values["to"])
         self._streams.append(stream)
         if isinstance(stream, ListeningStream):
@@ -81,6 +83,13 @@ class TerminalConsole(Console):
     def _close_streams(self) -> None:
         while self._streams:
             self._streams.pop().close()
+
+
+def _check(fd: int) -> None:
+    try:
+        os.fstat(fd)
+    except OSError as error:
+        raise ConfigError(f"{OPTION}: fd={fd}: {error.strerror}") from None
 
 
 def make(arguments: argparse.Namespace) -> Console:

@@ -10,6 +10,7 @@ import argparse
 import json
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ from .. import log
 from ..errors import EXIT_CONFIG, ConfigError
 from .device import Device
 from .loop import DeviceLoop
-from .server import serve
+from .server import serve, socket_at
 
 TYPES = {"blk": "block"}  # where QEMU's vhost-user.json has another name for the kind
 # name, default (a list: may be repeated; False: a switch; None: must be given), help
@@ -34,7 +35,10 @@ def main(
 ) -> NoReturn:
     """Parse `argv`, serve `make(arguments)` until SIGTERM or Ctrl-C, and exit.
 
-    `features` are those of docs/interop/vhost-user.json that the options offer.
+    What the user can mend is one line and status 2: ConfigError at any time, and OSError and ValueError of
+    `make` and of the socket, with a traceback only for `-vv`.  What a method of the device's raises beyond
+    ConfigError is a bug and propagates.  `features` are those of docs/interop/vhost-user.json that the
+    options offer.
     """
     parser = _parser(kind, options)
     arguments = parser.parse_args(argv)
@@ -45,21 +49,37 @@ def main(
         if default is None and getattr(arguments, name[2:].replace("-", "_")) is None:
             parser.error(f"{name} must be given")
     log.level = min(arguments.verbose, log.DEBUG)
+    loop = DeviceLoop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: loop.stop())
     try:
-        where: str | int = arguments.socket_path if arguments.fd is None else arguments.fd
-        loop = DeviceLoop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: loop.stop())
-        device = make(arguments)
-        if arguments.faults:
-            from .faults import Faults
-
-            Faults.parse(arguments.faults).attach(device)
-        serve(device, where, loop=loop)
+        device = _device(make, arguments)
+        sock, remove = socket_at(arguments.socket_path if arguments.fd is None else arguments.fd)
     except (ConfigError, OSError, ValueError) as error:
-        log.warn(f"{kind} backend: {error}")
-        sys.exit(EXIT_CONFIG)
+        _refuse(kind, error)
+    try:
+        serve(device, sock, loop=loop)
+    except ConfigError as error:
+        _refuse(kind, error)
+    finally:
+        remove()
     sys.exit(0)
+
+
+def _device(make: Callable[[argparse.Namespace], Device], arguments: argparse.Namespace) -> Device:
+    device = make(arguments)
+    if arguments.faults:
+        from .faults import Faults
+
+        Faults.parse(arguments.faults).attach(device)
+    return device
+
+
+def _refuse(kind: str, error: Exception) -> NoReturn:
+    log.warn(f"{kind} backend: {error}")
+    if not isinstance(error, ConfigError):
+        log.debug("".join(traceback.format_exception(error)))
+    sys.exit(EXIT_CONFIG)
 
 
 def _parser(kind: str, options: Options) -> argparse.ArgumentParser:

@@ -299,6 +299,7 @@ def test_console_program(tmp_path):
         (["--port", "nme=x"], "did you mean 'name'"),
         (["--port", "to=file=/nonexistent/x"], "/nonexistent/x"),
         (["--port", "to=tty", "--port", "to=tty"], "only one port"),
+        (["--port", "fd=77"], "--port: fd=77: Bad file descriptor"),
     ],
 )
 def test_console_program_with_wrong_ports(tmp_path, arguments, text):

@@ -1,0 +1,110 @@
+"""A user's device as a program: what `main` says of what goes wrong, and of itself."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack, closing
+
+import pytest
+
+pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
+
+from fakes.program import environment
+from native.backend.test_faults import Driver
+
+SOURCE = """
+from pyvmm.backend import Device
+from pyvmm.backend.program import main
+from pyvmm.errors import ConfigError
+
+
+class Own(Device):
+    device_id = 63
+    queue_sizes = (16,)
+
+    def __init__(self, when, error):
+        super().__init__()
+        self.when, self.error = when, error
+        self.fail("make")
+
+    def fail(self, when):
+        if self.when == when:
+            raise self.error
+
+    def open(self, loop):
+        self.fail("open")
+
+    def on_queue(self, queue):
+        for chain in queue:
+            self.fail("on_queue")
+
+
+ERRORS = {"ConfigError": ConfigError, "OSError": OSError, "ValueError": ValueError}
+OPTIONS = [("--when", None, "when to fail"), ("--error", None, "and how")]
+if __name__ == "__main__":
+    main("own", lambda options: Own(options.when, ERRORS[options.error]("as told")), OPTIONS)
+"""
+
+
+@pytest.fixture
+def ends(tmp_path):
+    """How the program ended that was used once, and what it said."""
+    (tmp_path / "own.py").write_text(SOURCE)
+
+    def ends(when, error, *options):
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "own.py", "--when", when, "--error", error, *options]
+        with theirs:
+            process = subprocess.Popen(
+                [*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=tmp_path,
+                stderr=subprocess.PIPE, text=True, env=environment(),
+            )  # fmt: skip
+        with ours, process:
+            with ExitStack() as stack:
+                if when == "on_queue":
+                    driver = stack.enter_context(closing(Driver(ours)))
+                    driver.send(b"x")
+                return process.wait(20), process.stderr.read()
+
+    return ends
+
+
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        ("make", "ConfigError"),
+        ("make", "OSError"),
+        ("make", "ValueError"),
+        ("open", "ConfigError"),
+        ("on_queue", "ConfigError"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(ends, when, error):
+    assert ends(when, error) == (2, "pyvmm: own backend: as told\n")
+
+
+@pytest.mark.parametrize("error", ["OSError", "ValueError"])
+def test_and_has_a_traceback_for_those_who_ask(ends, error):
+    status, text = ends("make", error, "-vv")
+    assert status == 2
+    assert f"{error}: as told" in text and "own.py" in text
+
+
+@pytest.mark.parametrize("when", ["open", "on_queue"])
+@pytest.mark.parametrize("error", ["OSError", "ValueError"])
+def test_bug_in_the_device_has_a_traceback(ends, when, error):
+    status, text = ends(when, error)
+    assert status == 1
+    assert "Traceback" in text and f"{error}: as told" in text and "own.py" in text
+
+
+def test_socket_that_cannot_be(tmp_path):
+    (tmp_path / "own.py").write_text(SOURCE)
+    command = [sys.executable, "own.py", "--when", "never", "--error", "OSError"]
+    for where in (["--fd", "77"], ["--socket-path", "/none/sock"]):
+        done = subprocess.run(
+            [*command, *where], cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False
+        )
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
