@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import traceback
@@ -83,9 +84,7 @@ def _refuse(kind: str, error: Exception) -> NoReturn:
 
 
 def _parser(kind: str, options: Options) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m pyvmm.backend.{kind}", description=f"A vhost-user {kind} backend."
-    )
+    parser = argparse.ArgumentParser(prog=_name(), description=f"A vhost-user {kind} backend.")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--socket-path", metavar="PATH", help="listen here, again after each frontend")
     where.add_argument("--fd", type=int, metavar="N", help="use this socket, connected or listening")
@@ -97,6 +96,12 @@ def _parser(kind: str, options: Options) -> argparse.ArgumentParser:
     for name, default, text in options:
         parser.add_argument(name, default=default, help=text, **_action(default))
     return parser
+
+
+def _name() -> str:
+    """How this program is started: `python -m MODULE`, or its file."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec is not None else os.path.basename(sys.argv[0])
 
 
 def _action(default: object) -> dict[str, Any]:

@@ -61,12 +61,11 @@ def ends(tmp_path):
                 [*command, "--fd", str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=tmp_path,
                 stderr=subprocess.PIPE, text=True, env=environment(),
             )  # fmt: skip
-        with ours, process:
-            with ExitStack() as stack:
-                if when == "on_queue":
-                    driver = stack.enter_context(closing(Driver(ours)))
-                    driver.send(b"x")
-                return process.wait(20), process.stderr.read()
+        with ours, process, ExitStack() as stack:
+            if when == "on_queue":
+                driver = stack.enter_context(closing(Driver(ours)))
+                driver.send(b"x")
+            return process.wait(20), process.stderr.read()
 
     return ends
 
@@ -98,6 +97,24 @@ def test_bug_in_the_device_has_a_traceback(ends, when, error):
     status, text = ends(when, error)
     assert status == 1
     assert "Traceback" in text and f"{error}: as told" in text and "own.py" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["own.py"], "own.py"),
+        (["-m", "own"], "python -m own"),
+        (["-m", "pyvmm.backend.rng"], "python -m pyvmm.backend.rng"),
+        (["-m", "pyvmm.backend.console"], "python -m pyvmm.backend.console"),
+    ],
+)
+def test_help_names_the_program_as_it_was_started(tmp_path, words, name):
+    (tmp_path / "own.py").write_text(SOURCE)
+    command = [sys.executable, *words, "--help"]
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False
+    )
+    assert done.stdout.startswith(f"usage: {name} [-h]")
 
 
 def test_socket_that_cannot_be(tmp_path):
