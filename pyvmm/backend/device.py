@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from .connection import Connection
-    from .faults import Hit
+    from .faulty import Hit
     from .loop import DeviceLoop
     from .queue import Queue
 

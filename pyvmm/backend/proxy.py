@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ..vhost_user.codec import Message
     from ..vhost_user.payloads import Payload
     from ..vhost_user.recording import Recorder
-    from .faults import Hit
+    from .faulty import Hit
     from .loop import DeviceLoop
     from .queue import Queue
 

@@ -16,8 +16,8 @@ pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not buil
 from fakes.ring_driver import DriverQueue, Ram, RawFrontend
 
 from pyvmm.backend import ConfigSpace, Device, DeviceThread, spawn
-from pyvmm.backend.faults import EFFECTS, Faults
-from pyvmm.errors import ConfigError
+from pyvmm.backend.faults import Faults
+from pyvmm.backend.faulty import EFFECTS
 from pyvmm.vhost_user.payloads import Config
 
 
@@ -353,23 +353,3 @@ def test_after(plug):
 def test_every_fault_is_tested():
     tested = {*SEEN, "delay", "never_call", "spurious_call", "needs_reset", "die"}
     assert tested == set(EFFECTS)
-
-
-def test_parse():
-    plan = Faults.parse("seed=7,after=100,drop=0.01,duplicate=5+6,delay-seconds=2")
-    assert (plan.seed, plan.after, plan.delay_seconds) == (7, 100, 2.0)
-    assert plan.rules == {"drop": 0.01, "duplicate": {5, 6}}
-
-
-@pytest.mark.parametrize("text", ["dorp=0.1", "drop=often", "drop"])
-def test_plans_that_are_none(text):
-    with pytest.raises(ConfigError):
-        Faults.parse(text)
-
-
-def test_native_loops_take_none():
-    from pyvmm.backend.echo import Echo
-
-    with pytest.raises(ConfigError, match="loop of its own"):
-        Faults(drop=0.5).attach(Echo())
-    Faults(drop=0.5).attach(Echo(native=False))
