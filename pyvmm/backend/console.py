@@ -88,7 +88,7 @@ class Console(Device):
     def on_start(self, queue: Queue) -> None:
         port = self.port_of(queue)
         if port is None:
-            if queue.index == CONTROL_OUT and queue.base == 0:
+            if queue.index == CONTROL_OUT and queue.fresh:
                 self._forget_guest()
         elif queue.index % 2:
             port.tx = queue
@@ -96,7 +96,7 @@ class Console(Device):
             port.rx = queue
             if not self.multiport:
                 port.guest_open = True
-            elif queue.base == 0:
+            elif queue.fresh:
                 port.guest_open = False
 
     def on_queue(self, queue: Queue) -> None:

@@ -82,7 +82,7 @@ class Device:
         """The driver accepted `features`, which are also in `driver_features`."""
 
     def on_start(self, queue: Queue) -> None:
-        """`queue` begins to run; `queue.base` is 0 unless it goes on from before a pause.
+        """`queue` begins to run: anew when it is `fresh`, else it goes on from before a pause.
 
         A `threaded` device is asked to stop and start again when an eventfd or memory changes.
         """

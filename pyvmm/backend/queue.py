@@ -40,6 +40,7 @@ class Queue:
         """Back to what a new connection finds; descriptors are closed."""
         self.size = self.max_size
         self.base = 0
+        self.fresh = False  # whether its ring began at the beginning, and does not go on from a pause
         self.addresses: tuple[int, int, int] | None = None
         self.inflight: memoryview | None = None  # where chains in hand are noted
         self.ring: Ring | None = None
@@ -150,6 +151,7 @@ class Queue:
             self.ring = VRing(
                 *place, base=self.base, event_idx=event_idx, indirect=indirect, inflight=self.inflight
             )
+        self.fresh = self.ring.base == (PackedRing.FRESH if packed else 0)
         if self.ring.resumed:
             self._call()  # a predecessor may have been killed between the used index and its call
 

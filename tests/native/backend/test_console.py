@@ -25,8 +25,11 @@ from fakes.console_driver import (
     RESIZE,
     ConsoleDriver,
 )
-from fakes.ring_driver import RawFrontend
+from fakes.packed_driver import FRESH, PackedQueue
+from fakes.ring_driver import RING_PACKED, Ram, RawFrontend
 
+from pyvmm.backend import DeviceThread
+from pyvmm.backend.console import Console
 from pyvmm.backend.endpoints import PortConfig
 from pyvmm.backend.process import spawn, spawn_console
 
@@ -486,6 +489,23 @@ def test_the_parent_s_objects_are_not_finalised_in_the_child(tmp_path):
     finally:
         gc.enable()
     assert not (tmp_path / "finalised").exists()
+
+
+def test_new_driver_over_packed_rings_has_opened_nothing():
+    """Unlike one that goes on from a pause."""
+    console, ram = Console([PortConfig(), PortConfig("chat")]), Ram()
+    with DeviceThread(console) as thread:
+        frontend, queue = RawFrontend(thread.take_socket()), PackedQueue(ram, 16)
+        frontend.negotiate(VERSION_1 | PROTOCOL | RING_PACKED | F_MULTIPORT)
+        frontend.share(ram)
+        for base, is_open in ((0x8005_8005, True), (FRESH, False)):
+            console.ports[1].guest_open = True
+            assert frontend.start(4, queue, base=base) == 0
+            assert console.ports[1].guest_open == is_open
+            frontend.stop(4)
+        frontend.close()
+    queue.close()
+    ram.close()
 
 
 def test_closing_reaps(start):

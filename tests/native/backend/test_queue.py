@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
 
-from fakes.ring_driver import DriverQueue, Ram, RawFrontend
+from fakes.packed_driver import FRESH, PackedQueue
+from fakes.ring_driver import RING_PACKED, DriverQueue, Ram, RawFrontend
 
 from pyvmm.backend import Device, DeviceThread
 from pyvmm.vhost_user.payloads import Inflight
@@ -202,6 +203,51 @@ def test_break_in_on_stop(driver):
     driver.ask(b"ab", b"cd")
     assert driver.frontend.stop(0) == 1
     assert driver.answers(1) == [b"AB"]
+
+
+class Starts(Upper):
+    """Notes which of its queues began anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.fresh = []
+
+    def on_start(self, queue):
+        self.fresh.append(queue.fresh)
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "bases"),
+    [(DriverQueue, 0, {0: True, 5: False}), (PackedQueue, RING_PACKED, {FRESH: True, 0x8005_8005: False})],
+)
+def test_queue_knows_whether_it_begins_anew(kind, features, bases):
+    device, ram = Starts(), Ram()
+    with DeviceThread(device) as thread:
+        frontend, queue = RawFrontend(thread.take_socket()), kind(ram, SIZE)
+        frontend.negotiate(1 << 30 | 1 << 32 | features)
+        frontend.share(ram)
+        for base in bases:
+            assert frontend.start(0, queue, base=base) == 0
+            assert frontend.stop(0) == base
+        frontend.close()
+    assert device.fresh == list(bases.values())
+    queue.close()
+    ram.close()
+
+
+def test_queue_with_chains_in_flight_does_not_begin_anew(driver):
+    """Though its base may say so: where nothing came back, that is the used index."""
+    bug = Bug()
+    driver.plug(bug)
+    driver.ask(b"request")
+    with pytest.raises((EOFError, ConnectionError)):
+        driver.frontend.receive()
+    with pytest.raises(ZeroDivisionError):
+        driver.unplug()
+    device = Starts()
+    driver.plug(device)
+    assert driver.answers(1) == [b"REQUEST"]
+    assert device.fresh == [False]
 
 
 class Keeper(Upper):
