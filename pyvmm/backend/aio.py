@@ -23,11 +23,14 @@ async def serve_async(device: Device, where: Where) -> None:
     """As `serve`, until the task is cancelled or, on a connected socket, the connection ends."""
     with _InnerLoop() as loop:
         sock, remove = socket_at(where)
-        server = Server(device, sock, loop)
         try:
-            await _Bridge(loop).done
+            server = Server(device, sock, loop)
+            try:
+                await _Bridge(loop).done
+            finally:
+                server.close()
         finally:
-            server.close()
+            sock.close()
             remove()
 
 

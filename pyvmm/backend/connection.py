@@ -27,7 +27,7 @@ from ..vhost_user.messages import (
 )
 from ..vhost_user.payloads import SHMEM_REGIONS, U64, Config, Empty, ShmemConfig, VringState
 from ..vhost_user.session import Negotiation, Requester, Responder
-from .device import Device
+from .device import Device, config_bytes
 from .inflight import create
 from .memory import MAX_SLOTS
 from .queue import Queue, close_fd
@@ -240,7 +240,7 @@ class Connection:
     # -- configuration space
 
     def get_config(self, payload: Config, message: Message) -> Payload:
-        data = self.device.on_config_read(payload.offset, len(payload.data))
+        data = config_bytes(self.device, payload.offset, len(payload.data))
         return Config(payload.offset, payload.flags, data)
 
     def set_config(self, payload: Config, message: Message) -> None:

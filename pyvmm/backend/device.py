@@ -128,3 +128,11 @@ class Device:
         """Tell the driver that the configuration space changed, if anybody listens."""
         if self.connection is not None:
             self.connection.send_config_change()
+
+
+def config_bytes(device: Device, offset: int, size: int) -> bytes:
+    """What `on_config_read` gives; ValueError when that is not what was asked for: a bug in the device."""
+    data = device.on_config_read(offset, size)
+    if len(data) != size:
+        raise ValueError(f"{type(device).__name__}.on_config_read gave {len(data)} bytes, not {size}")
+    return data

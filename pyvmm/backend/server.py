@@ -10,7 +10,9 @@ from _socket import AF_UNIX, SO_ACCEPTCONN, SOCK_STREAM, SOL_SOCKET, socket
 
 from .. import log
 from ..files import SocketFile
+from ..errors import ConfigError
 from .connection import Connection
+from .inflight import MAX_QUEUES, MAX_SIZE
 from .loop import DeviceLoop
 
 TYPE_CHECKING = False
@@ -34,6 +36,7 @@ class Server:
         self._loop = loop
         self._connection: Connection | None = None
         self._listener = sock if is_listening(sock) else None
+        check(device)
         device.open(loop)
         if self._listener is None:
             self._connect(sock)
@@ -76,18 +79,32 @@ def serve(device: Device, where: Where, *, loop: DeviceLoop | None = None) -> No
     """Serve `device` until the loop is stopped, or, on a connected socket, until it closes.
 
     `where` is the path of a socket to listen on (one left over there is replaced, and it is
-    removed in the end), or a socket or descriptor, listening or connected.
+    removed in the end), or a socket or descriptor, listening or connected, which is closed in the end.
+
+    ConfigError when the device cannot be served as it is, OSError when there cannot be such a socket.
     """
     sock, remove = socket_at(where)
     own = loop or DeviceLoop()
-    server = Server(device, sock, own)
     try:
-        own.run()
+        server = Server(device, sock, own)
+        try:
+            own.run()
+        finally:
+            server.close()
     finally:
-        server.close()
+        sock.close()
         remove()
         if loop is None:
             own.close()
+
+
+def check(device: Device) -> None:
+    """ConfigError when no driver could use such virtqueues, or no message name them (virtio 1.3, 2.7)."""
+    sizes = device.queue_sizes
+    if not 0 < len(sizes) <= MAX_QUEUES or not all(0 < size <= MAX_SIZE for size in sizes):
+        raise ConfigError(
+            f"queue_sizes {sizes}: from 1 to {MAX_QUEUES} virtqueues of 1 to {MAX_SIZE} entries are needed"
+        )
 
 
 def socket_at(where: Where) -> tuple[socket, Callable[[], None]]:

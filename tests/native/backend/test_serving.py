@@ -13,8 +13,8 @@ pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not buil
 
 from fakes.ring_driver import DriverQueue, Ram, RawFrontend, receive_one
 
-from pyvmm.backend import Device, DeviceThread
-from pyvmm.vhost_user.payloads import U64, DeviceState
+from pyvmm.backend import ConfigSpace, Device, DeviceThread
+from pyvmm.vhost_user.payloads import U64, Config, DeviceState
 
 
 class Driver:
@@ -79,6 +79,29 @@ def test_bug_in_a_device_is_raised_by_the_thread():
     with pytest.raises(ZeroDivisionError):
         thread.close()
     thread.close()
+
+
+class Misfit(Upper):
+    """Gives as many bytes of its configuration space as it is told to."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.config = ConfigSpace([("word", 4)])
+        self.size = size
+
+    def on_config_read(self, offset, size):
+        return bytes(self.size)
+
+
+@pytest.mark.parametrize("size", [0, 2, 5])
+def test_configuration_of_another_length_is_a_bug_in_the_device(size):
+    thread = DeviceThread(Misfit(size))
+    driver = Driver(thread.take_socket())
+    with pytest.raises((EOFError, ConnectionError)):
+        driver.frontend.ask("GET_CONFIG", Config(0, 0, bytes(4)))
+    driver.close()
+    with pytest.raises(ValueError, match=f"Misfit.on_config_read gave {size} bytes, not 4"):
+        thread.close()
 
 
 # -- state -------------------------------------------------------------------------------------

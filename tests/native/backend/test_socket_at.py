@@ -1,7 +1,8 @@
-"""Servers that want the same place: the first keeps it, whatever becomes of the second."""
+"""Where servers serve: who wants the place of another, or cannot serve, leaves nothing behind."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import threading
@@ -14,9 +15,10 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 
 from fakes.backend import no_new_fds
 
-from pyvmm.backend import serve
+from pyvmm.backend import Device, serve, serve_async
 from pyvmm.backend.loop import DeviceLoop
 from pyvmm.backend.rng import Rng
+from pyvmm.errors import ConfigError
 
 
 def test_a_second_server_at_the_same_path_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,3 +41,28 @@ def test_a_second_server_at_the_same_path_is_refused(tmp_path: Path, monkeypatch
         first.join()
         loop.close()
     assert not os.path.exists("s")
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (256, -1), (32769,), (16,) * 257])
+def test_a_device_with_impossible_queues_is_refused(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    device, path = Device(), str(tmp_path / "sock")
+    device.queue_sizes = sizes
+    ours, theirs = socket.socketpair()
+    with no_new_fds(), pytest.raises(ConfigError, match="from 1 to 256 virtqueues of 1 to 32768 entries"):
+        serve(device, path)
+    with pytest.raises(ConfigError):
+        serve(device, theirs)
+    assert ours.recv(1) == b""  # its end is closed
+    ours.close()
+    with no_new_fds(), pytest.raises(ConfigError):
+        asyncio.run(serve_async(device, path))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("sizes", [(1,), (32768,) * 256])
+def test_the_largest_and_smallest_queues(sizes: tuple[int, ...]) -> None:
+    device = Device()
+    device.queue_sizes = sizes
+    ours, theirs = socket.socketpair()
+    ours.close()
+    serve(device, theirs)
