@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from .local import DeviceThread as DeviceThread
     from .process import DeviceProcess as DeviceProcess
     from .process import spawn as spawn
+    from .queue import Chain as Chain
     from .queue import Queue as Queue
     from .server import serve as serve
     from .shared_memory import SharedMemory as SharedMemory
 
 _HOMES = {
+    "Chain": "queue",
     "ConfigSpace": "config",
     "Device": "device",
     "DeviceProcess": "process",
@@ -42,6 +44,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Chain",
     "ConfigSpace",
     "Device",
     "DeviceProcess",

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 
 from .. import log
+from .._native.vring import Chain as Chain  # noqa: PLC0414 (devices get it here)
 from .._native.vring import PackedRing, RingError, VRing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from .._native.vring import Chain, GuestMemory, Ring
+    from .._native.vring import GuestMemory, Ring
 
 
 class Queue:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from _socket import AF_UNIX, SO_ACCEPTCONN, SOCK_STREAM, SOL_SOCKET, socket
 
 from .. import log
-from ..files import SocketFile
 from ..errors import ConfigError
+from ..files import SocketFile
 from .connection import Connection
 from .inflight import MAX_QUEUES, MAX_SIZE
 from .loop import DeviceLoop

@@ -11,6 +11,7 @@ pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not buil
 from fakes.packed_driver import FRESH, PackedQueue
 from fakes.ring_driver import RING_PACKED, DriverQueue, Ram, RawFrontend
 
+from pyvmm import backend
 from pyvmm.backend import Device, DeviceThread
 from pyvmm.vhost_user.payloads import Inflight
 
@@ -203,6 +204,26 @@ def test_break_in_on_stop(driver):
     driver.ask(b"ab", b"cd")
     assert driver.frontend.stop(0) == 1
     assert driver.answers(1) == [b"AB"]
+
+
+def test_public_names(driver):
+    """All that a device's type hints need is in the package."""
+    for name in backend.__all__:
+        assert getattr(backend, name).__name__ == name
+    with pytest.raises(AttributeError):
+        backend.Ring  # noqa: B018
+    driver.plug(taker := Taker())
+    driver.ask(b"ab")
+    driver.answers(1)
+    assert [type(thing) for thing in taker.seen] == [backend.Queue, backend.Chain]
+
+
+class Taker(Upper):
+    """Notes what it is given."""
+
+    def work(self, queue):
+        for chain in queue:
+            self.seen = [queue, chain]
 
 
 class Starts(Upper):
