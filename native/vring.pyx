@@ -358,12 +358,12 @@ cdef object only_of(list arrays, dtype):
 @cython.final
 @cython.freelist(64)
 cdef class Chain:
-    """One descriptor chain: device-readable bytes, then device-writable bytes.
+    """One descriptor chain: device-readable bytes, then device-writable bytes (virtio 1.3, section 2.7.4).
 
     `readable` and `writable` count the bytes not yet read and not yet written; `read` and
     `write` move through them like a file, the views give the same bytes without a copy.
-    `push` returns the chain to the driver, once; a chain whose ring has stopped meanwhile
-    is dropped silently.
+    `push` returns the chain to the driver, once, and `pushed` says whether that was done; a
+    chain whose ring has stopped meanwhile is dropped silently.
     """
 
     cdef Ring ring
@@ -382,20 +382,22 @@ cdef class Chain:
 
     @property
     def head(self):
-        """The index of its first descriptor; in packed rings its buffer ID."""
+        """The index of its first descriptor (section 2.7.5); in packed rings its buffer ID."""
         return self.token.head
 
     @property
     def readable(self):
+        """Device-readable bytes that are left to read."""
         return self.parts.readable - self.read_at
 
     @property
     def writable(self):
+        """Device-writable bytes that are left to write."""
         return self.parts.writable - self.write_at
 
     @property
     def written(self):
-        """Bytes written so far: the used length that `push` reports by default."""
+        """Bytes written so far: the used length (section 2.7.8) that `push` reports by default."""
         return self.write_at
 
     def read(self, int64_t size=-1):
@@ -462,7 +464,7 @@ cdef class Chain:
         self.write_at += count
 
     def push(self, length=None):
-        """Give the chain back to the driver; `length` overrides the count of written bytes."""
+        """Give the chain back (section 2.7.8); `length` overrides the count of written bytes."""
         if self.pushed:
             raise ValueError("the chain was already given back to the driver")
         self.pushed = True

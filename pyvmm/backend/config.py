@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class ConfigSpace:
-    """`fields` are `(name, width in bytes)` in order, without gaps; all start as zero.
+    """A device's configuration space (virtio 1.3, section 2.5).
+
+    `fields` are `(name, width in bytes)` in order, without gaps; they start as zero, or as in `data`.
 
     `space["name"]` gets and sets a field as an unsigned integer (OverflowError when it does
     not fit); `read` and `write` are what the driver does.
@@ -38,16 +40,16 @@ class ConfigSpace:
         self.data[place] = value.to_bytes(place.stop - place.start, "little")
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; zeros beyond the end, as generic frontends ask for more."""
+        """`size` bytes from the byte `offset`; zeros beyond the end, as generic frontends ask for more."""
         return bytes(self.data[offset : offset + size]).ljust(size, b"\0")
 
     def write(self, offset: int, data: bytes) -> None:
-        """Store `data` at `offset`; what lies beyond the end is dropped."""
+        """Store `data` at the byte `offset`; what lies beyond the end is dropped."""
         room = max(0, len(self.data) - offset)
         self.data[offset : offset + min(len(data), room)] = data[:room]
 
     def place(self, name: str) -> slice:
-        """Which bytes the field is."""
+        """Which bytes the field is; KeyError when there is none of that name."""
         return self._places[name]
 
     def covers(self, name: str, offset: int, size: int) -> bool:

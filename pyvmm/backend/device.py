@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 
 
 class Device:
-    """Base of all devices; only `on_queue` must be written.
+    """Base of all devices; only `on_queue` must be written.  Sections are those of virtio 1.3.
 
-    `device_id` is the number of virtio 1.3 section 5, `features` the bits that the device
-    kind defines there (0-23 and 50-63; the transport's bits are added by themselves),
-    `queue_sizes` the largest size of each virtqueue, `config` the configuration space,
-    `shared_memory` the size of each shared memory region by its id (see `shared_memory`).
+    `device_id` is the number of section 5, `features` the bits that the device kind defines
+    there (0-23 and 50-63; the transport's bits are added by themselves), `queue_sizes` the
+    largest size of each virtqueue in entries (section 2.6), `config` the configuration space
+    (section 2.5), `shared_memory` the size of each shared memory region in bytes by its id
+    (section 2.10; `SharedMemory` maps files there).  `driver_features` are what the driver accepted.
 
     While `inflight` is true, chains in hand are noted where they outlive the process, if the
     frontend agrees: whoever serves the device next gets them again, before new ones and in
@@ -50,7 +51,7 @@ class Device:
 
     @property
     def queues(self) -> tuple[Queue, ...]:
-        """The virtqueues, while a frontend is connected."""
+        """The virtqueues (section 2.6) in their order, while a frontend is connected; else none."""
         return self.connection.queues if self.connection is not None else ()
 
     @property
@@ -75,35 +76,40 @@ class Device:
     # -- driver --------------------------------------------------------------------------
 
     def offer(self, features: int) -> int:
-        """What a new frontend is offered of `features`, the device's own bits and the transport's."""
+        """What a frontend is offered of `features`, the device's bits and the transport's (section 2.2)."""
         return features
 
     def on_features(self, features: int) -> None:
-        """The driver accepted `features`, which are also in `driver_features`."""
+        """The driver accepted `features` (section 2.2), which are also in `driver_features`."""
 
     def on_start(self, queue: Queue) -> None:
-        """`queue` begins to run: anew when it is `fresh`, else it goes on from before a pause.
+        """`queue` begins to run ("Ring states" in QEMU's docs/interop/vhost-user.rst).
+
+        Anew when it is `fresh`, else it goes on from before a pause.
 
         A `threaded` device is asked to stop and start again when an eventfd or memory changes.
         """
 
     def on_queue(self, queue: Queue) -> None:
-        """The driver may have made chains available in `queue`."""
+        """The driver may have made chains available in `queue` (section 2.9)."""
         raise TypeError(f"{type(self).__name__} has no on_queue")
 
     def on_stop(self, queue: Queue) -> None:
-        """`queue` is about to end: last chance to push, or to `rewind`, the chains in hand,
-        and to take what is still available, although the queue may be disabled already."""
+        """`queue` is about to end ("Ring states" in vhost-user.rst).
+
+        Last chance to push, or to `rewind`, the chains in hand, and to take what is still available,
+        although the queue may be disabled already.
+        """
 
     def on_reset(self) -> None:
-        """The frontend reset the whole device (RESET_DEVICE); all queues are stopped."""
+        """The frontend reset the device (section 2.4; RESET_DEVICE); all queues are stopped."""
 
     def on_config_read(self, offset: int, size: int) -> bytes:
-        """Give `size` bytes of the configuration space from `offset`."""
+        """Give `size` bytes of the configuration space (section 2.5) from the byte `offset`."""
         return self.config.read(offset, size)
 
     def on_config_write(self, offset: int, data: bytes) -> None:
-        """The driver writes `data` at `offset` of the configuration space."""
+        """The driver writes `data` at the byte `offset` of the configuration space (section 2.5)."""
         self.config.write(offset, data)
 
     def on_fault(self, hit: Hit) -> None:
@@ -114,7 +120,8 @@ class Device:
     def save_state(self) -> bytes:
         """What another instance needs to go on where this one is; all queues are stopped.
 
-        Rings are not part of it.  A device without this method is not asked (DEVICE_STATE).
+        Rings are not part of it.  A device without this method is not asked ("Migrating back-end state"
+        in vhost-user.rst, DEVICE_STATE).
         """
         raise TypeError(f"{type(self).__name__} has no save_state")
 
@@ -125,7 +132,7 @@ class Device:
     # -- device to driver ------------------------------------------------------------------
 
     def config_changed(self) -> None:
-        """Tell the driver that the configuration space changed, if anybody listens."""
+        """Tell the driver that the configuration space changed, if anybody listens (section 3.2.1)."""
         if self.connection is not None:
             self.connection.send_config_change()
 

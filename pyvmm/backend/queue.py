@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Queue:
-    """A virtqueue.  Iterate over it in `Device.on_queue` to get the available chains.
+    """A virtqueue (virtio 1.3, section 2.6).  Iterate over it in `Device.on_queue` to get available chains.
 
     A chain that the loop's body neither pushed nor `keep`s is given back when the next one is
     asked for, with what was written to it.  One pass hands out at most as many chains as
@@ -28,7 +28,11 @@ class Queue:
     in the next call.
 
     After `break`, the chain of that turn is given back when `on_queue` returns, and the rest comes in
-    the next call.  When `on_queue` raises, that chain stays in hand.  (Elsewhere, `notify` gives it back.)
+    the next call.  When `on_queue` raises, that chain stays in hand.  Elsewhere, `notify` ends a loop that
+    was left early.
+
+    `index` is the virtqueue's number, `max_size` the largest and `size` the driver's number of entries,
+    `fresh` whether it began anew rather than to go on from a pause.
     """
 
     def __init__(self, index: int, max_size: int) -> None:
@@ -75,8 +79,10 @@ class Queue:
         self.notify()
 
     def pop(self) -> Chain | None:
-        """Take the next available chain, which the caller pushes sooner or later; None when
-        there is none, and then the driver's next one calls `on_queue`."""
+        """Take the next available chain, which the caller pushes sooner or later (section 2.7.6 or 2.8).
+
+        None when there is none, and then the driver's next one calls `on_queue`.
+        """
         ring = self.ring
         if ring is None or not (self.enabled or self.ending):
             return None
@@ -97,12 +103,12 @@ class Queue:
         self._lent.discard(chain)
 
     def rewind(self, count: int) -> None:
-        """Put the last `count` popped and not pushed chains back, as if never popped."""
+        """Put the last `count` popped and not pushed chains back, as if never popped; drop them after."""
         if self.ring is not None:
             self.ring.rewind(count)
 
     def notify(self) -> None:
-        """Tell the driver about pushed chains, unless it asked not to be told.
+        """Tell the driver about pushed chains, unless it asked not to be told (section 2.7.7 or 2.8.10).
 
         Loops over the queue do this by themselves, at their end; call it after pushing a kept chain.
         """

@@ -17,8 +17,9 @@ WRITABLE = 1 << 0  # VHOST_USER_FLAG_MAP_RW
 
 
 class SharedMemory:
-    """What `device` has mapped.  Its class names sizes of regions as `shared_memory`.
+    """What `device` has mapped (virtio 1.3, section 2.10).
 
+    Its class names sizes of regions as `shared_memory`.
     Each call waits for the frontend.  OSError when that refuses: the errno is the status, if it
     is a frontend that says why.
     """
@@ -30,7 +31,7 @@ class SharedMemory:
     def map(
         self, shmid: int, offset: int, fd: int, length: int, *, fd_offset: int = 0, writable: bool = True
     ) -> None:
-        """Show `length` bytes of the file `fd` at `offset` of region `shmid`, where nothing is.
+        """Show `length` bytes of the file `fd` at `offset` of region `shmid`, where nothing is (SHMEM_MAP).
 
         All in bytes, on page boundaries; the descriptor stays the caller's.
         """
@@ -38,7 +39,7 @@ class SharedMemory:
         self._mapped[shmid, offset] = length
 
     def unmap(self, shmid: int, offset: int) -> None:
-        """Take away the mapping that begins at `offset`; KeyError when none does."""
+        """Take away the mapping that begins at `offset` (SHMEM_UNMAP); KeyError when none does."""
         length = self._mapped[shmid, offset]
         self._ask("SHMEM_UNMAP", Mmap(shmid, 0, offset, length, 0))
         del self._mapped[shmid, offset]
