@@ -32,6 +32,8 @@ COMMAND = Command(
     words=True,
 )
 
+CURE = " (a backend may serve only one: ask with --connection)"
+
 
 def main(argv: Sequence[str]) -> int:
     """Do what the first word says; returns the exit status."""
@@ -63,30 +65,30 @@ def replay(path: str, given: Arguments) -> int:
     if not to:
         raise ConfigError("--to is missing: the socket of the backend to ask")
     pace = player.Paced() if given.count("paced") else player.at_once
-    for number, lines in chosen(path, given.text("connection")).items():
-        difference = player.replay(lines, connected(to, number), pace)
+    for where, lines in chosen(path, given.text("connection")).items():
+        difference = player.replay(lines, connected(to, where), pace)
         if difference is not None:
-            sys.stdout.write(f"connection {number}\n{difference}\n")
+            sys.stdout.write(f"{where}\n{difference}\n")
             return 1
     sys.stdout.write("every answer is as recorded\n")
     return 0
 
 
 def chosen(path: str, number: str) -> dict[str, list[Line]]:
-    """The connections in the recording by their numbers: all, or the one that is asked for."""
+    """What to call each connection in the recording, and its lines: all, or the one that is asked for."""
     from ..errors import ConfigError
     from ..vhost_user.recording import connections, read
 
     every = {str(count): lines for count, lines in enumerate(connections(read(path)), 1)}
     if not number:
-        return every
+        return {f"connection {count}{CURE if count != '1' else ''}": lines for count, lines in every.items()}
     if number not in every:
         raise ConfigError(f"--connection: {number}: {path} has those from 1 to {len(every)}")
-    return {number: every[number]}
+    return {f"connection {number}": every[number]}
 
 
-def connected(path: str, number: str) -> socket:
-    """A socket connected to `path`, for connection `number` of a recording."""
+def connected(path: str, where: str) -> socket:
+    """A socket connected to `path`; ConfigError with `where` that fails."""
     from _socket import AF_UNIX, SOCK_STREAM, socket
 
     from ..errors import ConfigError
@@ -96,8 +98,7 @@ def connected(path: str, number: str) -> socket:
         sock.connect(path)
     except OSError as error:
         sock.close()
-        cure = "; a backend that serves one alone needs --connection" if number != "1" else ""
-        raise ConfigError(f"{path}: connection {number}: {error.strerror}{cure}") from None
+        raise ConfigError(f"{path}: {where}: {error.strerror}") from None
     return sock
 
 

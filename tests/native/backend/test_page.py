@@ -20,7 +20,13 @@ from pyvmm.vhost_user.payloads import Config
 
 PAGE = Path(__file__).parents[3] / "docs" / "backends.md"
 PARTS = {"Counter", "Late", "Window"}
-NAMES = {"asyncio": asyncio, "os": os, "ConfigSpace": ConfigSpace, "Device": Device, "SharedMemory": SharedMemory}
+NAMES = {
+    "asyncio": asyncio,
+    "os": os,
+    "ConfigSpace": ConfigSpace,
+    "Device": Device,
+    "SharedMemory": SharedMemory,
+}
 
 
 def parts():
@@ -81,7 +87,11 @@ def test_window(tmp_path):
     device = shown("Window")(tmp_path / "file")
     pair = Pair(device)
     try:
-        assert [pair.do(lambda page=page: device.show(page)) for page in (1, 1, 1 << 20)] == [True, False, False]
+        assert [pair.do(lambda page=page: device.show(page)) for page in (1, 1, 1 << 20)] == [
+            True,
+            False,
+            False,
+        ]
         assert pair.map.there == {(0, 4096): (b"one ", 4096, False)}
     finally:
         pair.close()
