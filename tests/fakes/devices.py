@@ -6,12 +6,15 @@ They keep what they were told in plain lists and dicts, so that tests can look.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import select
 from collections.abc import Callable, Sequence
 
 from pyvmm.virtio import spec
 from pyvmm.virtio.queue import QueueSetup
+
+NUMBERS = itertools.count()
 
 
 def readable(fd: int) -> bool:
@@ -105,7 +108,7 @@ class FakeBackend:
         features: int = spec.F_VERSION_1 | 1,
         shared_memory: tuple[tuple[int, int], ...] = (),
     ) -> None:
-        self.name = f"fake-{id(self):x}"
+        self.name = f"fake-{next(NUMBERS)}"  # no other's: complaints are said once for each name
         self.device_id = device_id
         self.features = features
         self.queue_sizes = queue_sizes
