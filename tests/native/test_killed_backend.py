@@ -73,7 +73,7 @@ class Life:
                     self.failed_at = "connect"
                 else:
                     self._use(frontend, loop, rings, moment)
-                    self.reached_the_end = not process.ended()
+                    self.reached_the_end = not process.child.ended()
                     frontend.close()
                 process.close()
             self.seen = traced.seen
