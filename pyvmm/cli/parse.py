@@ -174,6 +174,20 @@ def parse(command: Command, argv: Sequence[str]) -> Arguments:
     return _Parser(command).parse(argv)
 
 
+def unparse(command: Command, given: Arguments) -> list[str]:
+    """A command line that `parse` reads as `given`."""
+    words = [word for option in command.options for word in _spelled(option, given.values.get(option.key))]
+    words += given.words
+    return words if given.trailing is None else [*words, "--", *given.trailing]
+
+
+def _spelled(option: Option, value: str | list[str] | int | None) -> list[str]:
+    if isinstance(value, int):
+        return [option.name] * value
+    values = [value] if isinstance(value, str) else value or []
+    return [f"{option.name}={text}" for text in values]
+
+
 def render(command: Command) -> str:
     """The text of `--help`."""
     lines = [f"usage: pyvmm {command.usage}", "", command.summary, ""]

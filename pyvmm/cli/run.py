@@ -11,7 +11,7 @@ from ..foreground import shared_directory, terminal_size
 from ..guest import initramfs
 from ..host import kernels
 from .lab import memory
-from .parse import Command, Option, parse
+from .parse import Command, Option, parse, unparse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     values = _values(given)
     archive = initramfs.for_kernel(kernel.modules)
     if _needs_lab(accel):
-        return _run_in_lab(argv, given, kernel)
+        return _run_in_lab(given, kernel)
     from .. import run as runner
 
     return runner.run_or_show(runner.RunConfig(kernel=kernel.path, initramfs=archive, **values))
@@ -114,13 +114,12 @@ def _needs_lab(accel: str) -> bool:
     return bool(reason)
 
 
-def _run_in_lab(argv: Sequence[str], given: Arguments, kernel: Kernel) -> int:
-    """The same command line again, inside; what can be prepared was prepared out here."""
-    from ..host.lab import run_in_lab
+def _run_in_lab(given: Arguments, kernel: Kernel) -> int:
+    """The same command again, inside; what can be prepared was prepared out here."""
+    from ..host import lab
     from ..run import unpack_ahead
 
     unpack_ahead(kernel.path)
-    rest = list(argv)
-    split = rest.index("--") if "--" in rest else len(rest)
-    words = [*rest[:split], "--accel", "kvm", *rest[split:]]
-    return run_in_lab([sys.executable, "-P", "-m", "pyvmm", "run", *words], share=given.texts("share"))
+    inside = given.replace(values={**given.values, "accel": "kvm"})
+    words = unparse(COMMAND, inside)
+    return lab.run_in_lab([sys.executable, "-P", "-m", "pyvmm", "run", *words], share=given.texts("share"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyvmm.cli.parse import Arguments, Command, HelpRequested, Option, parse
+from pyvmm.cli.parse import Arguments, Command, HelpRequested, Option, parse, unparse
 from pyvmm.errors import ConfigError
 
 COMMAND = Command(
@@ -51,6 +51,20 @@ def test_errors(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         parse(COMMAND, argv)
     assert str(caught.value).endswith("(see pyvmm boot --help)")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["--kernel", "k", "-vv", "--", "ls", "--", "-v"],
+        ["--disk", "a", "b", "--verbose", "word", "--kernel=--", "--disk=-x"],
+        ["--"],
+    ],
+)
+def test_what_was_given_is_a_command_line_again(line: list[str]) -> None:
+    given = parse(RUN, line)
+    assert parse(RUN, unparse(RUN, given)) == given
 
 
 def test_help_lists_every_option_and_the_examples() -> None:
