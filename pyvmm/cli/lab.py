@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> int:
     """Run the lab; returns the command's exit status."""
     given = parse(COMMAND, argv)
     log.level += given.count("verbose")
-    cpus = given.text("cpus", "2")
-    if cpus not in [str(count) for count in range(1, 9)]:
-        raise ConfigError(f"--cpus: {cpus!r}: 1 to 8 CPUs are possible")
-    timeout = given.text("timeout")
-    from ..host.lab import run_in_lab
+    from ..host.lab import MOST_CPUS, run_in_lab
 
+    cpus = given.text("cpus", "2")
+    if cpus not in [str(count) for count in range(1, MOST_CPUS + 1)]:
+        raise ConfigError(f"--cpus: {cpus!r}: 1 to {MOST_CPUS} CPUs are possible")
+    timeout = given.text("timeout")
     return run_in_lab(
         given.trailing or [os.environ.get("SHELL") or "/bin/sh"],
         share=given.texts("share"),

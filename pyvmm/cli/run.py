@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     values = _values(given)
     archive = initramfs.for_kernel(kernel.modules)
     if _needs_lab(accel):
-        return _run_in_lab(given, kernel)
+        return _run_in_lab(given, kernel, values)
     from .. import run as runner
 
     return runner.run_or_show(runner.RunConfig(kernel=kernel.path, initramfs=archive, **values))
@@ -114,12 +114,16 @@ def _needs_lab(accel: str) -> bool:
     return bool(reason)
 
 
-def _run_in_lab(given: Arguments, kernel: Kernel) -> int:
+def _run_in_lab(given: Arguments, kernel: Kernel, values: dict[str, Any]) -> int:
     """The same command again, inside; what can be prepared was prepared out here."""
     from ..host import lab
     from ..run import unpack_ahead
 
     unpack_ahead(kernel.path)
     inside = given.replace(values={**given.values, "accel": "kvm"})
-    words = unparse(COMMAND, inside)
-    return lab.run_in_lab([sys.executable, "-P", "-m", "pyvmm", "run", *words], share=given.texts("share"))
+    room = lab.room_for(values["memory"], values["cpus"], values["timeout"])
+    return lab.run_in_lab(
+        [sys.executable, "-P", "-m", "pyvmm", "run", *unparse(COMMAND, inside)],
+        share=given.texts("share"),
+        **room,
+    )

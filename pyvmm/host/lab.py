@@ -35,11 +35,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
     from collections.abc import Callable, Mapping, Sequence
+    from typing import Any
 
     from ..guest.channel import Outcome
 
 LAST_WORDS_SECONDS = 1.0
 MIB = 1 << 20
+MEMORY, CPUS = 4096 * MIB, 2
+MOST_CPUS = 8
+OWN_MEMORY = 1024 * MIB  # besides that of a guest inside
+START_SECONDS = 180.0  # within which the machine, and a guest's VMM in it, have surely started
 _STAGES = {
     "init": "its kernel is up",
     "modules": "its kernel is up",
@@ -51,15 +56,19 @@ _STAGES = {
 
 
 class LabConfig(Record):
-    """What to run, where, and in how large a machine.  `memory` is in bytes; `timeout` 0 is none."""
+    """What to run, where, and in how large a machine.  `memory` is in bytes.
+
+    `timeout` is in seconds from the machine's start, `grace` what the command gets besides; 0 is no limit.
+    """
 
     argv: tuple[str, ...]
     env: tuple[str, ...] = ()
     cwd: str = "/"
     share: tuple[str, ...] = ()
-    memory: int = 4096 * MIB
-    cpus: int = 2
+    memory: int = MEMORY
+    cpus: int = CPUS
     timeout: float = 0
+    grace: float = 0
     tty: tuple[int, int] | None = None
 
 
@@ -91,7 +100,7 @@ class Lab:
         with theirs:
             self._start_machine(theirs)
         if self.config.timeout:
-            self._loop.call_later(self.config.timeout, self._timed_out)
+            self._loop.call_later(self.config.timeout + self.config.grace, self._timed_out)
         self._loop.run()
         self._progress.clear()
         if self._failure is not None:
@@ -204,7 +213,9 @@ class Lab:
             self._fail(GuestError(f"lab: {server.name}: lost{server.endpoint.explain()}"))
 
     def _timed_out(self) -> None:
-        self._fail(GuestTimeout(f"the command did not end within {self.config.timeout:g} s in the lab"))
+        timeout, grace = self.config.timeout, self.config.grace
+        more = f" and {grace:g} s for the start of everything" if grace else ""
+        self._fail(GuestTimeout(f"timeout: the command did not end within {timeout:g} s{more} in the lab"))
 
     def _fail(self, failure: BaseException) -> None:
         self._failure = failure
@@ -226,20 +237,36 @@ class Lab:
         raise self._console.explain(self._qemu.last_words() if self._qemu else "")
 
 
+def room_for(memory: int, cpus: int, timeout: float) -> dict[str, Any]:
+    """What `run_in_lab` must be told for a command that runs a guest of `memory` bytes and `cpus` CPUs.
+
+    The command itself ends the guest after `timeout` seconds (0: never); this is for a lab that hangs.
+    """
+    useful = min(cpus, MOST_CPUS, os.cpu_count() or 1)
+    return {
+        "memory": max(MEMORY, memory + OWN_MEMORY),
+        "cpus": max(CPUS, useful),
+        "timeout": timeout,
+        "grace": START_SECONDS,
+    }
+
+
 def run_in_lab(
     argv: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
     cwd: str | None = None,
     share: Sequence[str] = (),
-    memory: int = 4096 * MIB,
-    cpus: int = 2,
+    memory: int = MEMORY,
+    cpus: int = CPUS,
     timeout: float = 0,
+    grace: float = 0,
 ) -> int:
     """Run `argv` in the lab with this process's streams and return its exit status.
 
     `env` and `cwd` default to this process's.  `share` are directories that stay writable
-    through to the host, at the same paths.  Signals of this process go to the command.
+    through to the host, at the same paths; the others are as in LabConfig.  Signals of this process go to
+    the command.
     Raises ConfigError, GuestError, and SystemExit for a signal that ends it all.
     """
     config = LabConfig(
@@ -250,6 +277,7 @@ def run_in_lab(
         memory=memory,
         cpus=cpus,
         timeout=timeout,
+        grace=grace,
         tty=terminal_size(),
     )
     lab = Lab(config)

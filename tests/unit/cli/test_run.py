@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.guest import initramfs
 from pyvmm.host import accel, lab
 
+GIB = 1 << 30
 EMULATED = "the KVM of /dev/kvm emulates ring 0, so Linux cannot run on it"
 
 
@@ -96,3 +98,18 @@ def test_the_lab_is_not_used_in_the_lab(ways: Ways, monkeypatch: pytest.MonkeyPa
     assert start("--", "true") == 7
     with pytest.raises(ConfigError, match="--accel: lab: this already is the lab"):
         start("--accel", "lab", "--", "true")
+
+
+def test_the_lab_holds_the_guest(ways: Ways) -> None:
+    start("--memory", "8G", "--cpus", "32", "--", "true")
+    assert ways.room["memory"] == 9 * GIB
+    assert ways.room["cpus"] == max(lab.CPUS, min(lab.MOST_CPUS, os.cpu_count() or 1))
+    assert ways.room["timeout"] == 0
+    start("--", "true")
+    assert (ways.room["memory"], ways.room["cpus"]) == (4 * GIB, lab.CPUS)
+
+
+def test_the_lab_ends_some_time_after_the_guest_should_have(ways: Ways) -> None:
+    start("--timeout", "5", "--", "true")
+    assert inside(ways).text("timeout") == "5"
+    assert (ways.room["timeout"], ways.room["grace"]) == (5, lab.START_SECONDS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
 
-from pyvmm.errors import ConfigError, GuestCrash, GuestError, GuestPanic
+from pyvmm.errors import ConfigError, GuestCrash, GuestError, GuestPanic, GuestTimeout
 from pyvmm.host import emulator, lab
 from pyvmm.host.console import ConsoleLog
 from pyvmm.host.progress import Progress
@@ -56,6 +57,18 @@ def test_only_directories_can_be_shared(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--share .*file: no such directory"):
         lab.run_in_lab(["true"], share=[str(tmp_path / "file")])
+
+
+def test_a_lab_that_hangs_is_ended_after_its_time_and_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent: list[socket.socket] = []
+    monkeypatch.setattr(lab.Lab, "_start_machine", lambda _, channel: silent.append(channel.dup()))
+    machine = lab.Lab(lab.LabConfig(("true",), timeout=0.01, grace=0.02))
+    try:
+        with pytest.raises(GuestTimeout, match=r"within 0.01 s and 0.02 s for the start"):
+            machine.run(None, None, None)
+    finally:
+        machine.close()
+        silent[0].close()
 
 
 PANIC = b"[    1.5] Kernel panic - not syncing: VFS: no root\r\n[    1.6] CPU: 0\r\n"
