@@ -339,7 +339,7 @@ def stream(option: str, text: str) -> StreamConfig:
     mode, equals, path = text.partition("=")
     if mode in _STREAM_MODES and not equals:
         return StreamConfig(mode)
-    if mode in _STREAM_PATHS and path:
+    if mode in _STREAM_PATHS and options.dequote(path):
         return StreamConfig(mode, options.dequote(path))
     raise ConfigError(f"{option}: {text!r}: off, null, tty, pty, file=PATH or socket=PATH is needed")
 

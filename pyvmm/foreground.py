@@ -40,10 +40,9 @@ def terminal_size() -> tuple[int, int] | None:
 
 def shared_directory(option: str, path: str) -> str:
     """Absolute path, without links, of a directory that the command shall share."""
-    real = os.path.realpath(path)
-    if not os.path.isdir(real):
+    if not os.path.isdir(path):  # of nothing, realpath would make the current directory
         raise ConfigError(f"{option} {path}: no such directory; make it first")
-    return real
+    return os.path.realpath(path)
 
 
 class Foreground:

@@ -23,7 +23,7 @@ COMMAND = Command(
     (
         Option("--kernel", "FILE", "vmlinux (ELF) or bzImage"),
         Option("--initramfs", "FILE", "initial RAM file system"),
-        Option("--cmdline", "TEXT", "kernel command line"),
+        Option("--cmdline", "TEXT", "kernel command line", empty=True),
         Option("--protocol", "NAME", "how to enter the kernel: auto (default), pvh, linux64 or bzimage"),
         Option("--cpus", "boot=N", f"virtual CPUs, 1 to {config.MAX_CPUS} (default 1)"),
         Option("--memory", "size=SIZE[,hugepages=on][,prefault=on]", "guest RAM (default 512M)"),

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
 
 class Option(Record):
-    """One option: `metavar` is empty for a switch; `many` collects values in a list."""
+    """One option: `metavar` is empty for a switch; `many` collects values in a list.
+
+    A value must be something, unless `empty` says otherwise: mostly it comes of a variable without one.
+    """
 
     name: str
     metavar: str
     help: str
     many: bool = False
     short: str = ""
+    empty: bool = False
 
     @property
     def key(self) -> str:
@@ -100,7 +104,7 @@ class _Parser:
                 break
             if word.startswith("-") and len(word) > 1:
                 index = self._option(word, argv, index)
-            elif self.command.words:
+            elif self.command.words and word:
                 self.words.append(word)
             else:
                 cure = f"; a command follows two dashes: -- {word}" if self.command.trailing else ""
@@ -127,6 +131,8 @@ class _Parser:
         index += 0 if equals else len(values)
         if not values:
             raise self.error(f"{name} needs a value: {name} {option.metavar}")
+        if "" in values and not option.empty:
+            raise self.error(f"{name}: an empty value; {name} {option.metavar} is needed")
         self._store(option, values)
         return index
 

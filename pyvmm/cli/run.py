@@ -32,7 +32,7 @@ COMMAND = Command(
         Option("--memory", "SIZE", "guest RAM (default 1G)"),
         Option("--cpus", "N", f"virtual CPUs, 1 to {config.MAX_CPUS} (default 1)"),
         Option("--share", "DIR", "directory that stays writable through to the host", True),
-        Option("--append", "TEXT", "more kernel arguments"),
+        Option("--append", "TEXT", "more kernel arguments", empty=True),
         Option("--timeout", "SECONDS", "end the guest after this time, with status 124"),
         Option(
             "--on-backend-loss",

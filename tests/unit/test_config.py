@@ -82,7 +82,7 @@ def test_errors_name_the_cause(convert: Callable[[str], Any], text: str, message
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "ttyS0", "file=", "file", "tty=x"])
+@pytest.mark.parametrize("text", ["", "ttyS0", "file=", 'socket=""', "file", "tty=x"])
 def test_bad_streams(text: str) -> None:
     with pytest.raises(ConfigError, match="--serial: .* is needed"):
         config.stream("--serial", text)

@@ -14,6 +14,7 @@ COMMAND = Command(
     (
         Option("--kernel", "FILE", "the kernel"),
         Option("--disk", "path=FILE,...", "a disk", many=True),
+        Option("--cmdline", "TEXT", "what the kernel is told", empty=True),
         Option("--verbose", "", "say more", short="-v"),
     ),
     examples=(("boot it", "pyvmm boot --kernel vmlinux"),),
@@ -29,6 +30,15 @@ def test_values_lists_and_switches() -> None:
     assert given == Arguments(given.values, [], None)
 
 
+def test_a_text_may_be_empty() -> None:
+    assert parse(COMMAND, ["--cmdline", ""]).values == {"cmdline": ""}
+
+
+def test_an_empty_word_is_none() -> None:
+    with pytest.raises(ConfigError, match="unexpected word ''"):
+        parse(RUN, [""])
+
+
 def test_what_follows_two_dashes_is_left_alone() -> None:
     given = parse(RUN, ["word", "--kernel", "k", "--", "ls", "--help", "--"])
     assert (given.words, given.trailing) == (["word"], ["ls", "--help", "--"])
@@ -40,6 +50,8 @@ def test_what_follows_two_dashes_is_left_alone() -> None:
         (["--kernle", "x"], "unknown option --kernle; did you mean '--kernel'"),
         (["--kernel"], "--kernel needs a value: --kernel FILE"),
         (["--kernel", "--verbose"], "--kernel needs a value"),
+        (["--kernel", ""], "--kernel: an empty value; --kernel FILE is needed"),
+        (["--disk", "path=a", ""], "--disk: an empty value"),
         (["--kernel", "a", "--kernel", "b"], "given twice"),
         (["--verbose=1"], "takes no value"),
         (["word"], "unexpected word 'word'"),

@@ -57,6 +57,8 @@ def test_only_directories_can_be_shared(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="--share .*file: no such directory"):
         lab.run_in_lab(["true"], share=[str(tmp_path / "file")])
+    with pytest.raises(ConfigError, match="--share : no such directory"):  # and not the current one
+        lab.run_in_lab(["true"], share=[""])
 
 
 def test_a_lab_that_hangs_is_ended_after_its_time_and_grace(monkeypatch: pytest.MonkeyPatch) -> None:
