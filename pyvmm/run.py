@@ -31,7 +31,7 @@ from .layout import MIB
 from .lean import signal
 from .loop import EventLoop
 from .record import Record
-from .vm import CRASH, Outcome, Vm
+from .vm import CRASH, OFF, RESET, STOPPED, Outcome, Vm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ ROOT_TAG = "root"
 # Kernel arguments: no probing of what is not there, a restart at once after a panic.
 BASE_CMDLINE = "console=ttyS0 panic=-1 reboot=a tsc=reliable"
 QUIET, VERBOSE = "quiet", "ignore_loglevel"
+_ENDS = {OFF: "it powered itself off", RESET: "it restarted", STOPPED: "it was stopped"}
 POWER_OFF_SECONDS = 5.0  # for the guest to write back and power off after its command
 
 # What a run without a command shows of the guest; needs nothing but a shell and mount points.
@@ -239,7 +240,7 @@ class CommandRun:
             raise GuestCrash(outcome.report)
         if ended is not None and ended.error and not ended.lost:
             raise GuestError(f"guest: {ended.error}")
-        error = self._console.explain(outcome.kind)
+        error = self._console.explain(_ENDS[outcome.kind])
         if isinstance(error, GuestPanic) and not self.config.verbose:
             log.warn("the end of the guest's console:")
             os.write(2, self._console.text[-4000:].replace(b"\r\n", b"\n") + b"\n")

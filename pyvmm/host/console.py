@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from _socket import socketpair
 
-from ..errors import GuestCrash, GuestError, GuestPanic
+from ..errors import GuestError, GuestPanic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,15 +59,15 @@ class ConsoleLog:
         except BlockingIOError:
             return
 
-    def explain(self, emulator: str) -> GuestError:
-        """Why the machine ended without a word from its init; `emulator` is what that said last."""
+    def explain(self, how: str) -> GuestError:
+        """Why the machine ended without a word from its init; `how` is what else is known, or nothing."""
         for mark, kind, what in _LAST_WORDS:
             if mark in self.text:
                 return kind(f"the guest ended: {what}: {_line_after(self.text, mark)}")
         last = self.text.strip().split(b"\n")[-1].decode("utf-8", "replace").strip()
-        said = [f"; its console's last line: {last}"] if last else []
-        said += [f"; the emulator said: {emulator}"] if emulator else []
-        return GuestCrash("the guest ended without a word" + "".join(said))
+        said = [how] if how else []
+        said += [f"its console's last line: {last}"] if last else []
+        return GuestError("; ".join(["the guest ended without a word", *said]))
 
     def close(self) -> None:
         """Release both ends."""

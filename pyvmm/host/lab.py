@@ -234,7 +234,8 @@ class Lab:
             return outcome.status
         if outcome.error and not outcome.lost:
             raise GuestError(f"lab: {outcome.error}")
-        raise self._console.explain(self._qemu.last_words() if self._qemu else "")
+        words = self._qemu.last_words() if self._qemu else ""
+        raise self._console.explain(f"the emulator said: {words}" if words else "")
 
 
 def room_for(memory: int, cpus: int, timeout: float) -> dict[str, Any]:

@@ -131,6 +131,12 @@ def test_a_crash_is_told_with_registers_and_code(folder, kernel, reason):
     assert "Traceback" not in stderr
 
 
+@pytest.mark.parametrize(("kernel", "how"), [("off", "it powered itself off"), ("restart", "it restarted")])
+def test_a_run_whose_guest_ends_before_the_command_has_failed(folder, kernel, how):
+    status, stdout, stderr = program.run(folder, "run", "--accel", "kvm", "--kernel", kernel, "--", "true")
+    assert (status, stdout, stderr) == (70, "", f"pyvmm: the guest ended without a word; {how}\n")
+
+
 def test_too_few_open_files_are_told(folder):
     def limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.errors import ConfigError, GuestCrash, GuestError, GuestPanic, GuestTimeout
+from pyvmm.errors import ConfigError, GuestError, GuestPanic, GuestTimeout
 from pyvmm.host import emulator, lab
 from pyvmm.host.console import ConsoleLog
 from pyvmm.host.progress import Progress
@@ -81,8 +81,8 @@ PANIC = b"[    1.5] Kernel panic - not syncing: VFS: no root\r\n[    1.6] CPU: 0
     [
         (PANIC, GuestPanic, "its kernel panicked: VFS: no root"),
         (b"pyvmm-init: fatal: no virtio-console port\n", GuestError, "its init said: no virtio-console port"),
-        (b"[ 1.0] hello\r\n", GuestCrash, "its console's last line: [ 1.0] hello; the emulator said: bad fd"),
-        (b"", GuestCrash, "without a word; the emulator said: bad fd"),
+        (b"[ 1.0] hello\r\n", GuestError, "without a word; bad fd; its console's last line: [ 1.0] hello"),
+        (b"", GuestError, "without a word; bad fd"),
     ],
 )
 def test_why_a_machine_ended(text: bytes, kind: type[GuestError], words: str) -> None:
