@@ -31,8 +31,8 @@ _REASONS = {
     HLT: "halted for ever (KVM_EXIT_HLT)",
 }
 _EMULATED = (
-    "this host's KVM interprets kernel mode in software and stumbled over an instruction; "
-    "the guest is not at fault. Use --accel lab, or a host with hardware virtualisation"
+    "this host's KVM interprets kernel mode in software and incompletely: that is why, unless the guest "
+    "is at fault itself. To know, do the same on a machine that runs it: pyvmm lab -- pyvmm ..."
 )
 _RESET = (
     "registers are those after a reset: this KVM forgets the others at a triple fault; "
