@@ -24,6 +24,7 @@ CACHES = ("auto", "always", "never", "metadata")
 LOSS_POLICIES = ("reconnect", "stop", "fail")
 PLACEHOLDERS = ("{fd}", "{socket}")  # in `exec`, one of them, for how the backend gets its socket
 TRACE_FORMATS = ("text", "json")
+MOST_SECONDS = 10**9  # more than thirty years
 PROTOCOLS = ("auto", "pvh", "linux64", "bzimage")
 
 
@@ -366,11 +367,14 @@ def protocol(text: str) -> str:
 
 
 def seconds(option: str, text: str) -> float:
-    """A positive number of seconds."""
+    """A positive number of seconds, as many as every clock can take."""
     try:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf"):
-        raise ConfigError(f"{option}: {text!r}: a number of seconds above 0 is needed, such as 10 or 0.5")
+    if not 0 < value <= MOST_SECONDS:
+        raise ConfigError(
+            f"{option}: {text!r}: a number of seconds above 0 is needed, such as 10 or 0.5, "
+            f"and at most {MOST_SECONDS}"
+        )
     return value

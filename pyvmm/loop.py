@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     Callback = Callable[[], None]
 
+LONGEST_WAIT = 86400.0  # seconds at a time: poll and epoll take 2**31 ms; who waits longer waits again
+
 
 class Timer:
     """A pending `call_later`; `cancel` makes it do nothing."""
@@ -147,7 +149,7 @@ class EventLoop:
     def _timeout(self) -> float | None:
         while self._timers and self._timers[0].callback is None:
             heappop(self._timers)
-        return max(0.0, self._timers[0].when - monotonic()) if self._timers else None
+        return min(max(0.0, self._timers[0].when - monotonic()), LONGEST_WAIT) if self._timers else None
 
     def _run_timers(self) -> None:
         now = monotonic()

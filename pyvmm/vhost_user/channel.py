@@ -30,6 +30,7 @@ from time import monotonic
 
 from ..ending import waiting
 from ..errors import BackendLost, LocalProtocolError, RemoteProtocolError
+from ..loop import LONGEST_WAIT
 from .messages import MAX_FDS
 
 TYPE_CHECKING = False
@@ -128,8 +129,8 @@ class Channel:
         poller.register(self._socket.fileno(), events)
         left = deadline - monotonic()
         with waiting():
-            ready = left > 0 and poller.poll(left * 1000)
-        if not ready:
+            ready = left > 0 and poller.poll(min(left, LONGEST_WAIT) * 1000)
+        if not ready and left <= LONGEST_WAIT:
             raise BackendLost(f"it {failure} in time")
 
 

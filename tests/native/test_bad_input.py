@@ -226,6 +226,7 @@ OPTIONS = [
     ("no-loss", "-k --on-backend-loss=", r"--on-backend-loss: an empty value; --on-backend-loss .* needed"),
     ("no-initramfs", "-k --initramfs=", r"--initramfs: an empty value; --initramfs FILE is needed"),
     ("patience", "-k --reconnect-timeout 0", r"--reconnect-timeout: '0': a number of seconds above 0"),
+    ("ages", "-k --deadline 1e10", r"--deadline: '1e10': a number of seconds .*, and at most 1000000000"),
     ("nan", "-k --deadline nan", r"--deadline: 'nan': a number of seconds above 0"),
     # processors and memory
     ("cpus-0", "-k --cpus boot=0", r"--cpus: boot=0: 1 to 32 virtual CPUs are possible"),

@@ -131,6 +131,15 @@ def test_a_crash_is_told_with_registers_and_code(folder, kernel, reason):
     assert "Traceback" not in stderr
 
 
+def test_limits_may_be_farther_away_than_the_kernel_can_wait(folder):
+    """Two milliard milliseconds are 25 days."""
+    month = "2592000"
+    limits = ("--deadline", month, "--connect-timeout", month, "--reconnect-timeout", month)
+    assert program.run(folder, "--kernel", "off", *DEVICES, *limits) == (0, "", "")
+    words = ("run", "--accel", "kvm", "--timeout", month, "--kernel", "off", "--", "true")
+    assert program.run(folder, *words)[0] == 70
+
+
 @pytest.mark.parametrize(("kernel", "how"), [("off", "it powered itself off"), ("restart", "it restarted")])
 def test_a_run_whose_guest_ends_before_the_command_has_failed(folder, kernel, how):
     status, stdout, stderr = program.run(folder, "run", "--accel", "kvm", "--kernel", kernel, "--", "true")

@@ -42,6 +42,22 @@ def test_timers_run_in_order_and_can_be_cancelled() -> None:
     assert order == ["first", "second"]
 
 
+def test_a_timer_may_be_farther_away_than_epoll_can_wait() -> None:
+    with EventLoop() as loop:
+        loop.call_later(1e9, lambda: pytest.fail("too early"))
+        threading.Timer(0.05, loop.stop).start()
+        loop.run()
+
+
+def test_a_wait_that_is_too_long_for_one_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyvmm.loop.LONGEST_WAIT", 0.01)
+    with EventLoop() as loop:
+        begin = time.monotonic()
+        loop.call_later(0.05, loop.stop)
+        loop.run()
+        assert time.monotonic() - begin >= 0.05
+
+
 def test_calls_from_other_threads_run_in_the_loops_thread() -> None:
     where: list[int] = []
     with EventLoop() as loop:

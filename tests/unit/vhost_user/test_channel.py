@@ -92,6 +92,25 @@ def test_peer_that_does_not_answer(ends: tuple[Channel, socket.socket]) -> None:
     assert 0.05 < monotonic() - start < 3
 
 
+def test_a_deadline_may_be_farther_away_than_poll_can_wait(ends: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = ends
+    threading.Timer(0.05, theirs.send, (encode_request(ROW["SET_FEATURES"], U64(7)),)).start()
+    assert channel.receive(requests(), soon(1e9)).payload == U64(7)
+
+
+def test_a_wait_that_is_too_long_for_one_goes_on(
+    ends: tuple[Channel, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channel, theirs = ends
+    monkeypatch.setattr("pyvmm.vhost_user.channel.LONGEST_WAIT", 0.01)
+    threading.Timer(0.05, theirs.send, (encode_request(ROW["SET_FEATURES"], U64(7)),)).start()
+    assert channel.receive(requests(), soon()).payload == U64(7)
+    start = monotonic()
+    with pytest.raises(BackendLost, match="did not answer in time"):
+        channel.receive(requests(), soon(0.05))
+    assert 0.04 < monotonic() - start < 3
+
+
 def test_dripping_does_not_extend_the_deadline(ends: tuple[Channel, socket.socket]) -> None:
     channel, theirs = ends
     data = encode_request(ROW["SET_FEATURES"], U64(1))
