@@ -11,6 +11,7 @@ from libc.errno cimport EINVAL, errno
 from libc.stdint cimport uint8_t, uintptr_t
 from libc.string cimport memset
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_CheckSignals
 
 import os
 from fcntl import F_ADD_SEALS, F_DUPFD_CLOEXEC, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, fcntl
@@ -20,6 +21,8 @@ from stat import S_ISREG
 from pyvmm.errors import ConfigError
 
 cimport c_sys as c
+
+_AT_ONCE = 64 << 20  # bytes that are allocated before a signal is heard: tenths of a second
 
 
 cdef class Region:
@@ -115,20 +118,29 @@ cdef class GuestRegion(Region):
             os.ftruncate(self.fd, size)
             fcntl(self.fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)
             self._map(0, c.MAP_NORESERVE if not hugepages else 0)
-            self._advise(hugepages, prefault)
+            if not hugepages:
+                # Only a wish: /sys/kernel/mm/transparent_hugepage/shmem_enabled decides.
+                c.madvise(self._mapping, self._mapped, c.MADV_HUGEPAGE)
+            if prefault:
+                self._populate(max(page, _AT_ONCE))
         except OSError as error:
             self._release()
             raise ConfigError(_no_memory(size, page, hugepages, error)) from error
+        except BaseException:
+            self._release()
+            raise
 
-    def _advise(self, hugepages, prefault):
-        if not hugepages:
-            # Only a wish: /sys/kernel/mm/transparent_hugepage/shmem_enabled decides.
-            c.madvise(self._mapping, self._mapped, c.MADV_HUGEPAGE)
-        if prefault:
+    def _populate(self, size_t step):
+        """Allocate every page; signals are handled after each `step` bytes."""
+        cdef size_t offset = 0, length
+        while offset < <size_t>self.size:
+            length = min(step, <size_t>self.size - offset)
             # fallocate reports a lack of memory; touching pages would end in SIGBUS.
-            os.posix_fallocate(self.fd, 0, self.size)
+            os.posix_fallocate(self.fd, offset, length)
             with nogil:
-                c.madvise(self._mapping, self._mapped, c.MADV_POPULATE_WRITE)
+                c.madvise(<uint8_t *>self._mapping + offset, length, c.MADV_POPULATE_WRITE)
+            PyErr_CheckSignals()
+            offset += length
 
     def clear(self):
         """Fill everything with zeros, for whoever has it mapped; nobody may be using it.

@@ -7,8 +7,10 @@ import fcntl
 import gc
 import mmap
 import os
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +153,37 @@ def test_memory_is_allocated_on_demand_or_at_once():
     assert os.fstat(eager.fd).st_blocks * 512 == 64 * PAGE
     lazy.close()
     eager.close()
+
+
+def test_a_signal_ends_the_allocation_of_everything():
+    """The handler raises as soon as a part is there; until then it comes again, ever later.
+
+    Its coming interrupts fallocate, which begins anew.
+    """
+    size, before, found, delay = 512 << 20, shared_memory(), [], 0.001
+
+    def handle(*_):
+        nonlocal delay
+        found.append(shared_memory() - before)
+        if found[-1]:
+            raise KeyboardInterrupt
+        delay *= 2
+        signal.setitimer(signal.ITIMER_REAL, delay)
+
+    previous = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, delay)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            memory.GuestRegion(size, prefault=True)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert found[-1] <= size * 3 // 4
+    assert shared_memory() - before < 1 << 20, "what was allocated is given back"
+
+
+def shared_memory():
+    """Bytes of files in memory that this process has mapped, memfds among them (proc_pid_statm(5))."""
+    return int(Path("/proc/self/statm").read_text().split()[2]) * PAGE
 
 
 def test_hugepages_or_what_to_do_about_them():
