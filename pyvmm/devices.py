@@ -14,7 +14,7 @@ import stat
 from . import config as cfg
 from . import options
 from .errors import ConfigError
-from .files import open_file
+from .files import check_apart, open_file
 from .virtio import kinds
 
 TYPE_CHECKING = False
@@ -150,6 +150,22 @@ def check_together(devices: Iterable[Record]) -> None:
         if claim in claimed:
             raise ConfigError(f"{claim}: two devices cannot share it; choose another")
         claimed.add(claim)
+
+
+def check_files(config: cfg.VmConfig) -> None:
+    """Refuse to write over what the machine reads, and a trace over a console.  Raises ConfigError."""
+    read = {config.payload.kernel: "--kernel", config.payload.initramfs: "--initramfs"}
+    shown = {config.serial.path: "--serial"} if config.serial.mode == "file" else {}
+    written = {config.trace.path: "--trace"} if config.trace is not None and config.trace.path else {}
+    for device in config.devices:
+        if isinstance(device, cfg.DiskDevice):
+            read[device.path] = "--disk"
+        elif isinstance(device, cfg.ConsoleDevice) and device.stream.mode == "file":
+            shown[device.stream.path] = "--console"
+        elif isinstance(device, cfg.GenericDevice) and device.display:
+            written[device.display] = "display="
+    check_apart(shown, read)
+    check_apart(written, read | shown)
 
 
 def check_vectors(prepared: Iterable[Prepared]) -> None:

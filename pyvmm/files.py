@@ -17,7 +17,7 @@ from .errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     Test = Callable[[int], bool]
 
@@ -30,7 +30,8 @@ _KINDS: tuple[tuple[Test, str], ...] = (
     (stat.S_ISBLK, "block device"),
 )
 SOCKET_PATH_MAX = 107  # sun_path less its terminating zero
-OUTPUT_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+OUTPUT_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+OUTPUT_CURE = "a writable file is needed"
 PIECE = 4096  # what a pipe that polls writable takes without blocking
 LOOK_MS = 100
 _REASONS = {errno.ENXIO: "nobody is at its other end"}
@@ -55,10 +56,42 @@ def open_file(
     return fd
 
 
-def open_output(subject: str, path: str) -> int:
-    """A descriptor that appends to `path`, emptied or new; a pipe needs its reader.  Raises ConfigError."""
+def open_output(subject: str, path: str, *, emptied: bool) -> int:
+    """A descriptor that appends to `path`, which may be new; a pipe needs its reader.  Raises ConfigError.
+
+    Who does not know yet whether there will be something to write calls `empty` later: a start that fails
+    must not cost an old log.
+    """
     kinds = (stat.S_ISREG, stat.S_ISCHR, stat.S_ISFIFO)
-    return open_file(subject, path, "a writable file is needed", *kinds, flags=OUTPUT_FLAGS)
+    flags = OUTPUT_FLAGS | (os.O_TRUNC if emptied else 0)
+    return open_file(subject, path, OUTPUT_CURE, *kinds, flags=flags)
+
+
+def empty(subject: str, fd: int) -> None:
+    """Forget what an output file held before.  Raises ConfigError like `open_output`."""
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            os.ftruncate(fd, 0)
+    except OSError as error:
+        raise ConfigError(f"{subject}: {_reason(error)}; {OUTPUT_CURE}") from error
+
+
+def check_apart(outputs: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Refuse to write what others use: from paths to what messages call them.  Raises ConfigError."""
+    used = {_file(path): name for path, name in others.items()} if outputs else {}
+    for path, name in outputs.items():
+        other = used.get(_file(path))
+        if other:
+            raise ConfigError(f"{name}: {path}: is the file of {other}; write to another one")
+
+
+def _file(path: str) -> object:
+    """What two paths to one regular file have in common, or a path of its own."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return os.path.realpath(path)
+    return (facts.st_dev, facts.st_ino) if stat.S_ISREG(facts.st_mode) else object()
 
 
 def write_all(fd: int, data: bytes, go_on: Callable[[], bool]) -> bool:

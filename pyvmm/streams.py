@@ -10,10 +10,12 @@ import os
 
 from . import log
 from .errors import ConfigError
-from .files import SOCKET_PATH_MAX, SocketFile, open_output
+from .files import SOCKET_PATH_MAX, SocketFile, empty, open_output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .config import StreamConfig
 
 
@@ -34,6 +36,19 @@ class Stream:
             os.close(fd)
         self._owned = ()
         self.input_fd = self.output_fd = -1
+
+
+class FileStream(Stream):
+    """A file to append to, emptied at `start`."""
+
+    def __init__(self, option: str, path: str) -> None:
+        self._subject = f"{option}: {path}"
+        fd = open_output(self._subject, path, emptied=False)
+        super().__init__(-1, fd, (fd,))
+
+    def start(self) -> None:
+        """Forget what the file held before."""
+        empty(self._subject, self.output_fd)
 
 
 class Terminal(Stream):
@@ -132,20 +147,11 @@ def _pty(option: str, path: str) -> Stream:
     return Stream(ours, ours, (ours, theirs))  # holding the far end keeps ours from hanging up
 
 
-def _file(option: str, path: str) -> Stream:
-    fd = open_output(f"{option}: {path}", path)
-    return Stream(-1, fd, (fd,))
-
-
-def _socket(option: str, path: str) -> Stream:
-    return ListeningStream(option, path)
-
-
-_OPENERS = {
+_OPENERS: dict[str, Callable[[str, str], Stream]] = {
     "off": _nothing,
     "null": _nothing,
     "tty": _terminal,
     "pty": _pty,
-    "file": _file,
-    "socket": _socket,
+    "file": FileStream,
+    "socket": ListeningStream,
 }

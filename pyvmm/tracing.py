@@ -69,7 +69,7 @@ class OpenTrace(Trace):
         fd, subject = STDERR, "--trace"
         if config.path:
             subject = f"--trace: {config.path}"
-            fd = open_output(subject, config.path)
+            fd = open_output(subject, config.path, emptied=True)
         self._lines = LineWriter(subject, fd)
         super().__init__(self._lines.write, config.format)
         if config.format == "text":

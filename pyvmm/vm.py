@@ -115,6 +115,7 @@ class Vm:
     # -- construction ----------------------------------------------------------------------
     def _build(self) -> None:
         config = self.config
+        devices.check_files(config)
         devices.check_together(config.devices)
         self._prepared = [self._own(devices.prepare(device)) for device in config.devices]
         devices.check_vectors(self._prepared)
@@ -155,6 +156,7 @@ class Vm:
             return None
         from .tracing import OpenTrace
 
+        self._current.await_kernel()  # a bad one must not cost an old trace
         trace: Trace = self._own(OpenTrace(self.config.trace))
         return trace
 

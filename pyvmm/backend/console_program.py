@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import config as cfg
 from .. import options
 from ..errors import ConfigError
-from ..streams import ListeningStream, Stream, open_stream
+from ..streams import FileStream, ListeningStream, Stream, open_stream
 from .console import Console
 from .endpoints import PortConfig
 from .program import main
@@ -51,6 +51,9 @@ class TerminalConsole(Console):
 
     def open(self, loop: DeviceLoop) -> None:
         super().open(loop)
+        for stream in self._streams:
+            if isinstance(stream, FileStream):  # but a terminal stays as it is: Ctrl-C ends the program
+                stream.start()
         if self._on_terminal:
             signal.signal(signal.SIGWINCH, lambda *_: loop.call_soon_threadsafe(self._follow_size))
             self._follow_size()

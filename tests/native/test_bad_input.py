@@ -252,6 +252,15 @@ OPTIONS = [
     ("serial-where", "-k --serial file=no/where", r"--serial: no/where: No such file.*a writable file"),
     ("serial-fifo", "-k --serial file=pipe", r"--serial: pipe: nobody is at its other end; a wri",
      fifo("pipe")),
+    ("serial-kernel", "-k --serial file=vmlinux", r"--serial: vmlinux: is the file of --kernel; write to"),
+    ("console-kernel", "--kernel vmlinux --console file=./vmlinux", r"--console: ./vmlinux: is the file of"),
+    ("serial-disk", "-k --disk path=d --serial file=d", r"--serial: d: is the file of --disk; write to",
+     sparse("d", 1 << 20)),
+    ("serial-initramfs", "-k --initramfs i --serial file=i", r"--serial: i: is the file of --initramfs",
+     file("i", b"x")),
+    ("trace-kernel", "-k --trace vhost-user=vmlinux", r"--trace: vmlinux: is the file of --kernel"),
+    ("trace-serial", "-k --serial file=l --trace vhost-user=l", r"--trace: l: is the file of --serial"),
+    ("display-kernel", f"-k {GENERIC} socket=s,device_type=gpu,display=vmlinux", r"display=: vmlinux: is"),
     ("socket-long", "-k --serial socket=" + TWENTY * 6, r"--serial: .* longer than 107 bytes"),
     ("socket-long-2", "--kernel vmlinux --console socket=" + TWENTY * 6, r"--console: .* longer than 107"),
     ("socket-where", "-k --serial socket=no/where", r"--serial: cannot listen at no/where: No such file"),
@@ -381,6 +390,25 @@ OPTIONS = [
     ("lab-cpus", "lab --cpus 9 -- ls", r"--cpus: '9': 1 to 8 CPUs are possible"),
     ("kernel-word", "kernel lst", r"kernel lst: one of list, fetch, build is needed"),
 ]  # fmt: skip
+
+
+FAILING = [
+    ("kernel", "--kernel no", r"kernel no: No such file"),
+    (
+        "backend",
+        f"--kernel vmlinux {GENERIC} socket=s,device_type=fs --connect-timeout 0.1",
+        r"s: does not exi",
+    ),
+]
+
+
+@pytest.mark.parametrize("output", ["--serial file=log", "--trace vhost-user=log", "--console file=log"])
+@pytest.mark.parametrize(("line", "message"), [pytest.param(*row[1:], id=row[0]) for row in FAILING])
+def test_a_start_that_fails_leaves_a_log_as_it_was(tmp_path, line, message, output):
+    """But for the trace of backends that do not come: that is what it is for."""
+    refuses(tmp_path, file("log", b"of before\n"), [*line.split(), *output.split()], message)
+    kept = (tmp_path / "log").read_bytes() == b"of before\n"
+    assert kept != (output.startswith("--trace") and "socket=" in line)
 
 
 @pytest.mark.parametrize("row", [pytest.param(row, id=row[0]) for row in OPTIONS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -12,7 +13,7 @@ import pytest
 from fakes.backend import no_new_fds
 
 from pyvmm.errors import ConfigError
-from pyvmm.files import SocketFile, open_file, write_all
+from pyvmm.files import SocketFile, check_apart, empty, open_file, write_all
 
 
 def test_a_descriptor_that_blocks_and_is_not_inherited(tmp_path: Path) -> None:
@@ -26,6 +27,27 @@ def test_a_descriptor_that_blocks_and_is_not_inherited(tmp_path: Path) -> None:
 def test_a_new_file(tmp_path: Path) -> None:
     os.close(open_file("it", str(tmp_path / "f"), "cure", flags=os.O_WRONLY | os.O_CREAT, mode=0o600))
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o600
+
+
+def test_what_cannot_be_emptied_is_told(tmp_path: Path) -> None:
+    fd = os.memfd_create("log", os.MFD_ALLOW_SEALING)
+    os.write(fd, b"old")
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    with pytest.raises(ConfigError, match="^--x: log: Operation not permitted; a writable file is needed"):
+        empty("--x: log", fd)
+    os.close(fd)
+
+
+def test_an_output_is_none_of_the_other_files(tmp_path: Path) -> None:
+    kernel, link = tmp_path / "kernel", tmp_path / "link"
+    kernel.touch()
+    link.symlink_to(kernel)
+    absent, around = str(tmp_path / "new"), str(tmp_path / "." / ".." / tmp_path.name / "new")
+    used = {str(kernel): "--kernel", "": "--initramfs", "/dev/null": "--disk", absent: "--serial"}
+    for path, name in ((kernel, "--kernel"), (link, "--kernel"), (around, "--serial")):
+        with pytest.raises(ConfigError, match=f"^--x: {path}: is the file of {name}; write to another one$"):
+            check_apart({str(path): "--x"}, used)
+    check_apart({"/dev/null": "--x", str(tmp_path / "other"): "--y"}, used)
 
 
 def test_other_kinds_when_asked_for() -> None:

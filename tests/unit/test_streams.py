@@ -39,10 +39,12 @@ def test_a_descriptor_stays_its_owners() -> None:
     os.close(writer)
 
 
-def test_a_file_is_emptied_and_appended_to(here: Path) -> None:
+def test_a_file_is_emptied_at_the_start_and_appended_to(here: Path) -> None:
     (here / "f").write_bytes(b"old")
     with no_new_fds():
         stream = open_stream("--x", StreamConfig("file", "f"))
+        assert (here / "f").read_bytes() == b"old", "the guest may not come to run"
+        stream.start()
         os.write(stream.output_fd, b"new")
         stream.close()
         stream.close()
@@ -53,6 +55,7 @@ def test_a_pipe_with_a_reader(here: Path) -> None:
     os.mkfifo("p")
     reader = os.open("p", os.O_RDONLY | os.O_NONBLOCK)
     stream = open_stream("--x", StreamConfig("file", "p"))
+    stream.start()
     os.write(stream.output_fd, b"x")
     assert os.read(reader, 9) == b"x"
     stream.close()

@@ -273,6 +273,7 @@ def test_program_with_an_inherited_descriptor():
 
 def test_console_program(tmp_path):
     path, log = str(tmp_path / "console.sock"), tmp_path / "log"
+    log.write_bytes(b"of before")
     ports = ("--port", f"console=on,to=file={log}", "--port", f"name=chat,to=socket={tmp_path}/chat")
     with program("console", "--socket-path", path, *ports) as process:
         driver = ConsoleDriver(connect(path, process), 2)
@@ -300,14 +301,18 @@ def test_console_program(tmp_path):
         (["--port", "to=file=/nonexistent/x"], "/nonexistent/x"),
         (["--port", "to=tty", "--port", "to=tty"], "only one port"),
         (["--port", "fd=77"], "--port: fd=77: Bad file descriptor"),
+        (["--port", "to=file=log", "--port", "to=file=/nonexistent/x"], "/nonexistent/x"),
     ],
 )
-def test_console_program_with_wrong_ports(tmp_path, arguments, text):
+def test_console_program_with_wrong_ports(tmp_path, arguments, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "log").write_bytes(b"of before")
     with program("console", "--socket-path", str(tmp_path / "s"), *arguments) as process:
         assert process.wait(20) == 2
         message = process.stderr.read()
     assert text in message
     assert message.count("\n") == 1
+    assert (tmp_path / "log").read_bytes() == b"of before"
 
 
 def test_numbers_of_queues(plug):
