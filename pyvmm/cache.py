@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from .errors import ConfigError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +22,23 @@ def directory(*below: str) -> str:
     if not os.path.isabs(base):
         base = os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "pyvmm", *below)
+
+
+class Unusable(ConfigError):
+    """Nothing can be kept in the cache."""
+
+
+def make(*below: str) -> str:
+    """`directory`, made if it is not there.  Raises Unusable when nothing can be put into it."""
+    path = directory(*below)
+    try:
+        os.makedirs(path, exist_ok=True)
+        reason = "" if os.access(path, os.W_OK | os.X_OK) else "is not writable"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise Unusable(f"the cache {path}: {reason}; set XDG_CACHE_HOME to a writable directory")
+    return path
 
 
 class whole_file:

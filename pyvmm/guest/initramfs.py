@@ -57,6 +57,7 @@ def for_kernel(modules_directory: str | None, wanted: Sequence[str] = GUEST_MODU
     """
     path = cache.directory("initramfs", f"{_key(modules_directory, wanted)}.cpio")
     if not os.path.exists(path):
+        cache.make("initramfs")
         modules = _modules(modules_directory, wanted)
         with open(compiled_init(), "rb") as init, cache.whole_file(path) as file:
             file.write(build(modules, init.read()))
@@ -115,7 +116,7 @@ def compiled_init() -> str:
     """Path of the static init, compiled now if it is not cached.  Raises ConfigError without a compiler."""
     path = cache.directory("init", _source_key())
     if not os.path.exists(path):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        cache.make("init")
         part = f"{path}.{os.getpid()}.part"
         try:
             _compile(part)

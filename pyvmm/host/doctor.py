@@ -13,6 +13,7 @@ import platform
 import shutil
 import sys
 
+from .. import cache
 from ..errors import ConfigError, PyvmmError
 from ..guest import initramfs
 from ..guest.modules import ModuleTree
@@ -320,10 +321,11 @@ def _packers(_: Host) -> Iterator[Finding]:
 def _init(_: Host) -> Iterator[Finding]:
     try:
         yield Finding("guest init", OK, initramfs.compiled_init())
+    except cache.Unusable as error:
+        text, cure = str(error).rsplit("; ", 1)
+        yield Finding("guest init", FAIL, text, cure)
     except ConfigError as error:
         yield Finding("guest init", FAIL, str(error), "apt-get install gcc libc6-dev")
-    except OSError as error:
-        yield Finding("guest init", FAIL, str(error), "set XDG_CACHE_HOME to a writable directory")
 
 
 def _own_kernel(_: Host) -> Iterator[Finding]:

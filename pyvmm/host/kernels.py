@@ -127,8 +127,8 @@ def fetch_kernel(progress: Progress | None = None) -> Kernel:
     cached = _newest_first(_debian())
     if cached:
         return cached[0]
-    say = progress or log.info
-    return _download_with_refresh(say)
+    cache.make("kernels", "debian")
+    return _download_with_refresh(progress or log.info)
 
 
 def _download_with_refresh(say: Progress) -> Kernel:
@@ -151,7 +151,6 @@ def _download(say: Progress) -> Kernel:
     package = _newest_package()
     release = package.removeprefix("linux-image-")
     parent = cache.directory("kernels", "debian")
-    os.makedirs(parent, exist_ok=True)
     work = tempfile.mkdtemp(prefix=".fetch-", dir=parent)
     try:
         say(f"downloading {package}")

@@ -66,8 +66,7 @@ def _build_alone(source: str, key: str, say: Callable[[str], None]) -> Kernel:
     """Build, or wait for who builds already: two at once would take twice as long."""
     import fcntl
 
-    parent = cache.directory("kernels", "own")
-    os.makedirs(parent, exist_ok=True)
+    parent = cache.make("kernels", "own")
     with open(os.path.join(parent, ".lock"), "wb") as lock:
         say("waiting for another build")
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -228,7 +228,8 @@ def test_a_cache_that_cannot_be_written(bare: Path, monkeypatch: pytest.MonkeyPa
     (bare / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(bare / "file"))
     (finding,) = doctor._init(Host())
-    assert finding.state == FAIL and "XDG_CACHE_HOME" in finding.cure
+    assert (finding.state, finding.cure) == (FAIL, "set XDG_CACHE_HOME to a writable directory")
+    assert "Not a directory" in finding.text and finding.cure not in finding.text
 
 
 @pytest.mark.parametrize("ways", [("lab",), ()])
