@@ -10,6 +10,7 @@ from __future__ import annotations
 from . import layout
 from .acpi.tables import build_tables
 from .bus import Bus
+from .config import PCI_SLOTS
 from .irq import InterruptRouter
 from .lean import ExitStack, Lock
 from .legacy.power import PORT_I8042, I8042Reset, ResetRegister, SleepRegisters
@@ -19,6 +20,7 @@ from .virtio.pci import VirtioPciFunction
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
     from ._native import kvm as native
     from .config import VmConfig
@@ -30,8 +32,15 @@ if TYPE_CHECKING:
     from .virtio.device import VirtioDevice
 
 
+def places(devices: Sequence[Any]) -> list[int | None]:
+    """The PCI slot of each device: the one it asks for, else the lowest that none does; None is too many."""
+    wanted = {device.pci_device_id for device in devices}
+    free = (slot for slot in PCI_SLOTS if slot not in wanted)
+    return [device.pci_device_id or next(free, None) for device in devices]
+
+
 class Board:
-    """The buses of the machine `vm`, whose RAM is at `ranges`.
+    """The buses of the machine `vm`, whose RAM is at `ranges`.  Devices are added in `config`'s order.
 
     `power_off` and `restart` are called when the guest asks for that, on virtual CPU threads.
     """
@@ -48,6 +57,7 @@ class Board:
         self._vm, self._ranges, self._loop, self._config = vm, ranges, loop, config
         self._owned = ExitStack()
         self._has_serial = False
+        self._places = iter(places(config.devices))
         self.devices: list[VirtioDevice] = []
         self._slots: MemorySlots | None = None
         self._mapping: list[Frontend] = []
@@ -73,7 +83,7 @@ class Board:
         )
         with ExitStack() as undo:
             undo.callback(function.close)
-            self.pci.add(function)
+            self.pci.add(function, next(self._places, None))
             undo.pop_all()
         self.devices.append(function.device)
         if frontend.shared_memory:

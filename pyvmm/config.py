@@ -2,7 +2,8 @@
 
 It owns the keys of every `--option key=value,...`, their defaults and the checks that
 need nothing but the value itself.  It opens no file, starts nothing and does not know
-which device kinds exist; names of kinds stay text until the machine is built.
+which device kinds exist; names of kinds stay text until the machine is built.  In one file because
+an option's record, keys and checks are read together, and a second file would cost every start.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from .layout import GIB, MIB, PAGE_SIZE
 from .options import Key
 from .record import Record
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 MAX_CPUS = 32
 MIN_MEMORY = 16 * MIB
 MAX_MEMORY = 512 * GIB
@@ -24,6 +29,7 @@ CACHES = ("auto", "always", "never", "metadata")
 LOSS_POLICIES = ("reconnect", "stop", "fail")
 PLACEHOLDERS = ("{fd}", "{socket}")  # in `exec`, one of them, for how the backend gets its socket
 TRACE_FORMATS = ("text", "json")
+PCI_SLOTS = range(1, 32)  # of the one bus; in slot 0 is its host bridge
 MOST_SECONDS = 10**9  # more than thirty years
 PROTOCOLS = ("auto", "pvh", "linux64", "bzimage")
 
@@ -62,7 +68,8 @@ class StreamConfig(Record):
 class GenericDevice(Record):
     """Any vhost-user backend that listens at `socket`, is connected at descriptor `fd`, or is started
     by `exec`; with `server` it is pyvmm that listens.  `on_loss` overrides the machine's, `display` is a
-    PNG file for what a GPU shows."""
+    PNG file for what a GPU shows.  Of every device, `id` is the name in messages and `pci_device_id` the
+    slot on the bus, 0 for a free one."""
 
     device_type: str
     socket: str = ""
@@ -70,6 +77,7 @@ class GenericDevice(Record):
     fd: int = -1
     config: str = ""
     id: str = ""
+    pci_device_id: int = 0
     force: bool = False
     exec: tuple[str, ...] = ()
     server: bool = False
@@ -87,6 +95,7 @@ class DiskDevice(Record):
     queue_size: int = 128
     image_type: str = ""
     id: str = ""
+    pci_device_id: int = 0
 
 
 class FsDevice(Record):
@@ -100,6 +109,7 @@ class FsDevice(Record):
     readonly: bool = False
     cache: str = ""
     id: str = ""
+    pci_device_id: int = 0
 
 
 class RngDevice(Record):
@@ -107,6 +117,7 @@ class RngDevice(Record):
 
     src: str = "/dev/urandom"
     id: str = ""
+    pci_device_id: int = 0
 
 
 class NetDevice(Record):
@@ -118,6 +129,7 @@ class NetDevice(Record):
     mac: bytes = b""
     mtu: int = 0
     id: str = ""
+    pci_device_id: int = 0
 
 
 class ConsolePort(Record):
@@ -133,6 +145,7 @@ class ConsoleDevice(Record):
     stream: StreamConfig
     ports: tuple[ConsolePort, ...] = ()
     id: str = ""
+    pci_device_id: int = 0
 
 
 class TraceConfig(Record):
@@ -165,6 +178,24 @@ def _plain_path(text: str) -> str:
     return options.string(text)
 
 
+def _segment(text: str) -> int:
+    if options.integer(text):
+        raise ValueError("there is one PCI segment, 0")
+    return 0
+
+
+def _slot(text: str) -> int:
+    slot = options.integer(text)
+    if slot not in PCI_SLOTS:
+        raise ValueError(f"a slot from {PCI_SLOTS[0]} to {PCI_SLOTS[-1]} is needed")
+    return slot
+
+
+COMMON_KEYS = (  # of every device
+    Key("id", options.string, ""),
+    Key("pci_segment", _segment, 0),
+    Key("pci_device_id", _slot, 0),
+)
 CPUS_KEYS = (
     Key("boot", options.integer, 1),
     Key("max", options.integer),
@@ -187,7 +218,7 @@ GENERIC_KEYS = (
     Key("display", _plain_path, ""),
     Key("config", options.string, ""),
     Key("force", options.toggle, False),
-    Key("id", options.string, ""),
+    *COMMON_KEYS,
 )
 DISK_KEYS = (
     Key("path", _plain_path, required=True),
@@ -196,7 +227,7 @@ DISK_KEYS = (
     Key("num_queues", options.integer, 1),
     Key("queue_size", options.integer, 128),
     Key("image_type", options.string, ""),
-    Key("id", options.string, ""),
+    *COMMON_KEYS,
 )
 FS_KEYS = (
     Key("tag", options.string, required=True),
@@ -206,18 +237,18 @@ FS_KEYS = (
     Key("queue_size", options.integer, 1024),
     Key("readonly", options.toggle, False),
     Key("cache", options.string, ""),
-    Key("id", options.string, ""),
+    *COMMON_KEYS,
 )
 RNG_KEYS = (
     Key("src", _plain_path, "/dev/urandom"),
-    Key("id", options.string, ""),
+    *COMMON_KEYS,
 )
 NET_KEYS = (
     Key("tap", options.string, ""),
     Key("stream", _plain_path, ""),
     Key("mac", options.mac, b""),
     Key("mtu", options.mtu, 0),
-    Key("id", options.string, ""),
+    *COMMON_KEYS,
 )
 TRACE_KEYS = (
     Key("vhost-user", _plain_path, ""),
@@ -255,9 +286,16 @@ def check_memory(option: str, size: int) -> int:
     return size
 
 
+def _device(option: str, text: str, keys: tuple[Key, ...]) -> dict[str, Any]:
+    """The values of a device's record; that there is one segment is known."""
+    values = options.parse(option, text, keys)
+    del values["pci_segment"]
+    return values
+
+
 def generic(text: str) -> GenericDevice:
     """`device_type=NAME|ID,socket=PATH[,queue_sizes=[N,...]][,config=HEX|@FILE]...`."""
-    values = options.parse("--generic-vhost-user", text, GENERIC_KEYS)
+    values = _device("--generic-vhost-user", text, GENERIC_KEYS)
     if bool(values["socket"]) + (values["fd"] >= 0) + bool(values["exec"]) != 1:
         raise ConfigError("--generic-vhost-user: exactly one of socket=, fd= and exec= is needed")
     if values["server"] and not values["socket"]:
@@ -294,7 +332,7 @@ def check_queue_size(option: str, size: int) -> int:
 
 def disk(text: str) -> DiskDevice:
     """`path=FILE[,readonly=on][,direct=on][,num_queues=N][,queue_size=N][,image_type=raw|qcow2]`."""
-    values = options.parse("--disk", text, DISK_KEYS)
+    values = _device("--disk", text, DISK_KEYS)
     check_queue_size("--disk", values["queue_size"])
     if not 1 <= values["num_queues"] <= MAX_QUEUES:
         raise ConfigError(f"--disk: num_queues={values['num_queues']}: 1 to {MAX_QUEUES} is possible")
@@ -305,7 +343,7 @@ def disk(text: str) -> DiskDevice:
 
 def fs(text: str) -> FsDevice:
     """`tag=TAG,dir=DIR` or `tag=TAG,socket=PATH`, and queue keys."""
-    values = options.parse("--fs", text, FS_KEYS)
+    values = _device("--fs", text, FS_KEYS)
     if bool(values["dir"]) == bool(values["socket"]):
         raise ConfigError("--fs: one of dir= (pyvmm starts virtiofsd) and socket= (it runs) is needed")
     if not 1 <= len(os.fsencode(values["tag"])) <= 36:
@@ -324,12 +362,12 @@ def _one_of(option: str, value: str, values: tuple[str, ...]) -> None:
 
 def rng(text: str) -> RngDevice:
     """`src=FILE`."""
-    return RngDevice(**options.parse("--rng", text, RNG_KEYS))
+    return RngDevice(**_device("--rng", text, RNG_KEYS))
 
 
 def net(text: str) -> NetDevice:
     """`tap=NAME` or `stream=PATH`, and `mac=`, `mtu=`."""
-    values = options.parse("--net", text, NET_KEYS)
+    values = _device("--net", text, NET_KEYS)
     if bool(values["tap"]) == bool(values["stream"]):
         raise ConfigError("--net: one of tap= (an interface) and stream= (passt's socket) is needed")
     return NetDevice(**values)

@@ -185,6 +185,8 @@ def check_vectors(prepared: Iterable[Prepared]) -> None:
 def _claims(device: Any) -> Iterator[str]:
     if getattr(device, "id", ""):
         yield f"id={device.id}"
+    if getattr(device, "pci_device_id", 0):
+        yield f"pci_device_id={device.pci_device_id}"
     if getattr(device, "socket", ""):
         yield f"socket {device.socket}"  # a backend serves one frontend at a time
     if getattr(device, "fd", -1) >= 0:

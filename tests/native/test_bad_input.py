@@ -374,6 +374,10 @@ OPTIONS = [
     ("net-name", f"-k --net tap={TWENTY}", r"--net: TAP interface .*: an interface's name has 1 to 15"),
     ("net-twice", "-k --net tap=t --net tap=t", r"--net: tap=t: .*two"),
     ("ids", "-k --rng src=/dev/zero,id=a --rng src=/dev/zero,id=a", r"id=a: .*two"),
+    ("slot-0", "-k --rng pci_device_id=0", r"--rng: pci_device_id=0: a slot from 1 to 31 is needed"),
+    ("slot-32", "-k --disk path=d,pci_device_id=32", r"--disk: pci_device_id=32: a slot from 1 to 31 is"),
+    ("slot-same", "-k --rng pci_device_id=5 --rng pci_device_id=5", r"pci_device_id=5: .*two"),
+    ("segment", "-k --net tap=t,pci_segment=1", r"--net: pci_segment=1: there is one PCI segment, 0"),
     ("slots", "-k " + "--rng src=/dev/zero " * 32, r"all 31 PCI slots are taken; use fewer devices"),
     # the other commands
     ("run-kernel", "run --kernel no -- ls", r"no: .*kernel"),

@@ -17,7 +17,7 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 from fakes import backend as fake
 from fakes.backend import FakeBackend, no_new_fds
 from fakes.driver import ConfigAccess, VirtioDriver
-from fakes.entropy import Entropy, scenario
+from fakes.entropy import Entropy, restart, scenario
 from fakes.program import LIMIT, POWER_OFF, RESTART, SPIN, children, pvh_elf
 
 from pyvmm import config as cfg
@@ -289,6 +289,19 @@ def test_a_backend_that_does_not_answer_is_lost_at_the_deadline(machine, loop, c
         scenario(built, loop, steps)
     assert "SET_VRING_ENABLE: it did not answer in time" in capfd.readouterr().err
     backend.close()
+
+
+def test_devices_are_in_the_slots_that_they_ask_for(machine, loop):
+    devices = (CONSOLE, RNG.replace(id="a"), RNG.replace(id="b", pci_device_id=1))
+    slots = [(0, "host bridge"), (1, "b"), (2, "console"), (3, "a")]
+    with Vm(machine(SPIN, *devices, reboot=True), loop) as built:
+
+        def steps():
+            for _ in range(2):
+                assert [(slot, function.name) for slot, _, function in built.board.pci.functions()] == slots
+                restart(built)
+
+        scenario(built, loop, steps)
 
 
 def test_more_queues_than_the_usual_limit_of_open_files_allows(machine, loop):

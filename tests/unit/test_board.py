@@ -8,7 +8,7 @@ import pytest
 from fakes.devices import FakeLoop, FakeVm
 
 from pyvmm import config as cfg
-from pyvmm.board import Board
+from pyvmm.board import Board, places
 from pyvmm.layout import ram_ranges
 
 
@@ -48,3 +48,9 @@ def test_what_is_broken_is_taken_away_first_and_then_the_rest(board: Board) -> N
     assert (innocent.mappings.count, guilty.mappings.count) == (2, 1)
     assert board.mend_memory() == 6  # whatever it was, it is not there any more
     assert board.mend_memory() == 6  # so it was something else
+
+
+def test_slots_that_are_asked_for_are_left_free_by_others() -> None:
+    wanted = (0, 2, 0, 31, 0)
+    assert places([cfg.RngDevice(pci_device_id=slot) for slot in wanted]) == [1, 2, 3, 31, 4]
+    assert places([cfg.RngDevice()] * 31 + [cfg.ConsoleDevice(cfg.StreamConfig())])[30:] == [31, None]

@@ -86,3 +86,21 @@ def test_errors_name_the_cause(convert: Callable[[str], Any], text: str, message
 def test_bad_streams(text: str) -> None:
     with pytest.raises(ConfigError, match="--serial: .* is needed"):
         config.stream("--serial", text)
+
+
+@pytest.mark.parametrize(
+    ("convert", "keys"),
+    [
+        (config.generic, "device_type=fs,socket=s"),
+        (config.disk, "path=d"),
+        (config.fs, "tag=t,dir=/"),
+        (config.rng, "src=r"),
+        (config.net, "tap=t"),
+    ],
+)
+def test_every_device_may_have_a_name_and_a_slot(convert: Callable[[str], Any], keys: str) -> None:
+    device = convert(f"{keys},id=x,pci_segment=0,pci_device_id=7")
+    assert (device.id, device.pci_device_id) == ("x", 7)
+    assert convert(keys).pci_device_id == 0
+    with pytest.raises(ConfigError, match="pci_segment=2: there is one PCI segment, 0"):
+        convert(f"{keys},pci_segment=2")
