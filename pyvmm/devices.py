@@ -134,8 +134,10 @@ def find_kind(option: str, text: str) -> Kind:
     if not text.isascii() or not text.isdigit():
         kind = kinds.by_name(text.lower())
         if kind is None:
-            names = [kind.name for kind in kinds.KINDS]
-            raise ConfigError(f"{option}: unknown device type {text!r}{options.nearest(text, names)}")
+            near = options.nearest(
+                text, [name for kind in kinds.KINDS for name in (kind.name, *kind.aliases)]
+            )
+            raise ConfigError(f"{option}: unknown device type {text!r}{near}; pyvmm devices lists them")
         return kind
     number = int(text) if len(text) <= options.MAX_DIGITS else 0
     if not 1 <= number <= MAX_ID:
@@ -234,7 +236,11 @@ def _place(option: str, device: cfg.GenericDevice) -> tuple[Endpoint | str | int
     if device.exec:
         from .host import backends
 
-        process = backends.start_command(device.exec)
+        try:
+            process = backends.start_command(device.exec)
+        except ConfigError as error:
+            command = " ".join(device.exec)
+            raise ConfigError(f"{option}: exec={command}: {error}; name one that can be run") from None
         return process.endpoint, process
     if device.server:
         from .vhost_user.endpoint import ListeningEndpoint

@@ -43,9 +43,8 @@ def main(argv: Sequence[str]) -> int:
 
     given = parse(COMMAND, argv)
     if len(given.words) != 1:
-        raise ConfigError(
-            "SOCKET is missing: name the --control socket of a machine (see pyvmm rings --help)"
-        )
+        fault = f"rings {' '.join(given.words)}: one SOCKET at most" if given.words else "SOCKET is missing"
+        raise ConfigError(f"{fault}: name the --control socket of a machine (see pyvmm rings --help)")
     from ..control import ask
 
     try:

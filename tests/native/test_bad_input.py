@@ -273,7 +273,7 @@ OPTIONS = [
     ("initramfs-large", "-k --initramfs i", r"initramfs i: .* do not fit .*--memory size=",
      sparse("i", GIB)),
     # generic devices
-    ("type-unknown", f"-k {GENERIC} socket=s,device_type=foo", r"unknown device type 'foo'"),
+    ("type-unknown", f"-k {GENERIC} socket=s,device_type=foo", r"type 'foo'; pyvmm devices lists them"),
     ("type-near", f"-k {GENERIC} socket=s,device_type=blcok", r"'blcok'; did you mean 'block'"),
     ("type-0", f"-k {GENERIC} socket=s,virtio_id=0", r"device type 0: 1 to 63 are possible"),
     ("type-64", f"-k {GENERIC} socket=s,virtio_id=64", r"device type 64: 1 to 63 are possible"),
@@ -281,6 +281,8 @@ OPTIONS = [
     ("type-iommu", f"-k {GENERIC} socket=s,virtio_id=iommu", r"iommu is impossible: "),
     ("type-none", f"-k {GENERIC} socket=s", r"device_type= is missing"),
     ("socket-none", f"-k {GENERIC} device_type=fs", r"exactly one of socket=, fd= and exec= is needed"),
+    ("exec-none", f"-k {GENERIC} device_type=fs,exec=/no/such{{fd}}",
+     r"--generic-vhost-user: exec=/no/such{fd}: /no/such{fd} cannot be started: No such file .*; name one "),
     ("key-near", f"-k {GENERIC} soket=s,device_type=fs", r"unknown key 'soket'; did you mean 'socket'"),
     ("quote", f'-k {GENERIC} socket="s,device_type=fs', r"quote is not closed"),
     ("bracket", f"-k {GENERIC} socket=s,device_type=fs,queue_sizes=[1", r"bracket is not closed"),
@@ -392,6 +394,8 @@ OPTIONS = [
     ("run-cpus", "run --kernel vmlinux --cpus 0 -- ls", r"--cpus: boot=0: 1 to 32"),
     ("lab-share", "lab --share= -- ls", r"--share: an empty value; --share DIR is"),
     ("lab-cpus", "lab --cpus 9 -- ls", r"--cpus: '9': 1 to 8 CPUs are possible"),
+    ("rings-none", "rings", r"SOCKET is missing: name the --control socket of a machine"),
+    ("rings-two", "rings off x", r"rings off x: one SOCKET at most: name the --control socket of a machine"),
     ("kernel-word", "kernel lst", r"kernel lst: one of list, fetch, build is needed"),
 ]  # fmt: skip
 

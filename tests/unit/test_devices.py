@@ -32,7 +32,8 @@ def test_a_kind_that_nobody_described_has_a_configuration() -> None:
     ("text", "message"),
     [
         ("blcok", "--x: unknown device type 'blcok'; did you mean 'block'"),
-        ("?", "--x: unknown device type '\\?'$"),
+        ("?", "--x: unknown device type '\\?'; pyvmm devices lists them$"),
+        ("entrpy", "unknown device type 'entrpy'; did you mean 'entropy'[?]; pyvmm devices lists them$"),
         ("0", "--x: device type 0: 1 to 63 are possible"),
         ("64", "--x: device type 64: 1 to 63"),
         ("9" * 5000, "--x: device type 9+: 1 to 63"),
