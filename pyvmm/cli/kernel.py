@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from .. import log
 from ..errors import ConfigError
 from ..host import kernels
 from ..host.progress import Progress
@@ -37,7 +38,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _list() -> None:
-    for kernel in kernels.find_kernels():
+    found = kernels.find_kernels()
+    if not found:
+        log.warn(kernels.NONE)
+    for kernel in found:
         sys.stdout.write(f"{kernel.source:<7} {kernel.release:<32} {kernel.path}\n")
 
 

@@ -298,9 +298,8 @@ def _read_only_fault() -> str:
 
 def _kernels(_: Host) -> Iterator[Finding]:
     found = kernels.find_kernels()
-    fetch = "pyvmm kernel fetch (Debian's), or pyvmm kernel build (a small one of our own)"
     if not found:
-        yield Finding("kernels", FAIL, "none is cached or in /boot", fetch)
+        yield Finding("kernels", FAIL, "none is cached or in /boot", kernels.HOW_TO_GET_ONE)
     else:
         names = ", ".join(f"{kernel.source} {kernel.release}" for kernel in found)
         facts = {"kernels": [kernel._asdict() for kernel in found]}

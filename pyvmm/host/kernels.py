@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     Progress = Callable[[str], None]
 
 META_PACKAGE = "linux-image-cloud-amd64"
+HOW_TO_GET_ONE = "pyvmm kernel fetch gets Debian's, pyvmm kernel build makes a small one of our own"
+NONE = f"no guest kernel is cached or in /boot; {HOW_TO_GET_ONE}"
 SOURCES = ("own", "debian", "boot")
 
 
@@ -57,9 +59,9 @@ def find_kernel(name: str | None = None) -> Kernel:
 
 
 _CURES = {
-    "": "no guest kernel is cached or in /boot; scripts/demo fetches one",
-    "own": "--kernel own: it is not built; scripts/build-kernel builds it in some minutes",
-    "debian": "--kernel debian: it is not in the cache; scripts/demo fetches it",
+    "": NONE,
+    "own": "--kernel own: it is not built; pyvmm kernel build does that in some minutes",
+    "debian": "--kernel debian: it is not in the cache; pyvmm kernel fetch gets it",
     "boot": "--kernel boot: /boot holds no kernel; apt-get install linux-image-cloud-amd64",
 }
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm import cli
 from pyvmm.errors import ConfigError
 from pyvmm.host import kernels
 
@@ -65,15 +66,24 @@ def test_a_file_gets_its_modules_when_they_lie_beside_it(cache: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
-        (None, "scripts/demo"),
-        ("own", "scripts/build-kernel"),
-        ("debian", "scripts/demo"),
+        (None, "pyvmm kernel fetch gets Debian's, pyvmm kernel build makes a small one"),
+        ("own", "pyvmm kernel build"),
+        ("debian", "pyvmm kernel fetch"),
         ("5.4", "no kernel of this name"),
     ],
 )
 def test_absent_kernels(cache: Path, name: str | None, cure: str) -> None:
-    with pytest.raises(ConfigError, match=cure):
+    with pytest.raises(ConfigError, match=cure) as caught:
         kernels.find_kernel(name)
+    assert "scripts/" not in str(caught.value), "an installed pyvmm has none"
+
+
+def test_the_list_says_when_it_is_empty(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["kernel", "list"]) == 0
+    assert capfd.readouterr() == ("", f"pyvmm: {kernels.NONE}\n")
+    own(cache, "6.1-pyvmm", 1000)
+    assert cli.main(["kernel"]) == 0
+    assert capfd.readouterr() == (f"own     {'6.1-pyvmm':<32} {cache}/own/6.1-pyvmm/vmlinux\n", "")
 
 
 TOOLS = {
