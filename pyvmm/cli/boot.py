@@ -71,6 +71,7 @@ COMMAND = Command(
     "a crash of a virtual CPU ends with 126, a bad option with 2, a lost backend (with\n"
     "--on-backend-loss stop) with 70.",
 )
+LOOK_SECONDS = 1.0  # after the start, which must not wait for what is measured then
 DEVICES = (
     ("disk", config.disk),
     ("fs", config.fs),
@@ -140,9 +141,19 @@ def run(machine: config.VmConfig) -> int:
             loop.stop()
 
         with Signals(end), Vm(machine, loop) as vm:
+            loop.call_later(LOOK_SECONDS, _warn_of_emulation)
             outcome = vm.run()
     if outcome.kind == CRASH:
         raise GuestCrash(outcome.report)
     if outcome.kind == STOPPED and ended:
         return 128 + ended[0]
     return 0
+
+
+def _warn_of_emulation() -> None:
+    """Before the crash, which may take its time."""
+    from ..host import accel
+
+    reason = accel.why_not()
+    if reason:
+        log.warn(f"{reason}; a machine on which it can: pyvmm lab -- pyvmm ...")

@@ -14,6 +14,7 @@ from pyvmm.host import accel
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(accel.LAB_MARK, raising=False)
     return tmp_path / "pyvmm" / "accel"
 
 
@@ -22,6 +23,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_a_host_without_kvm_gets_a_reason(path: str, reason: str) -> None:
     assert f"{path}: {reason}" in accel.why_not(path)
+
+
+def test_in_the_lab_nothing_needs_to_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(accel.LAB_MARK, "1")
+    assert accel.why_not("/nowhere/kvm") == ""
 
 
 @pytest.mark.usefixtures("need_kvm")

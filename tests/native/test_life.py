@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import re
 import resource
 import select
 import signal
@@ -23,6 +24,9 @@ pytest.importorskip("pyvmm._native", reason="the compiled core is not built")
 
 from fakes import kernels, program
 from fakes.program import LIMIT, POWER_OFF, RESTART, SPIN, Program, pvh_elf
+
+from pyvmm.cli import boot
+from pyvmm.host import accel
 
 pytestmark = [pytest.mark.kvm, pytest.mark.usefixtures("need_kvm")]
 
@@ -129,6 +133,26 @@ def test_a_crash_is_told_with_registers_and_code(folder, kernel, reason):
     for part in ("  code: ", " rip 0", " rax 0", "cr0 ", " cs "):
         assert part in text
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("known", ["native", "emulated"])
+def test_a_host_that_emulates_ring_0_is_told_long_before_a_crash(folder, known, monkeypatch):
+    """Whichever this host is: the answer is in the cache already."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    answer = Path(accel._memory_path("/dev/kvm"))
+    answer.parent.mkdir(parents=True)
+    answer.write_text(known)
+    with Program(folder, "--kernel", "spin", "--console", "off", env={accel.LAB_MARK: ""}) as run:
+        if known == "emulated":
+            run.await_stderr(b"\n")
+        else:
+            time.sleep(boot.LOOK_SECONDS + 1)
+        run.process.terminate()
+        assert run.finish() == 143
+    told = (
+        b"pyvmm: the KVM of /dev/kvm emulates ring 0, so Linux cannot run on it; .*: pyvmm lab -- pyvmm ...\n"
+    )
+    assert re.fullmatch(told if known == "emulated" else b"", run.stderr)
 
 
 def test_limits_may_be_farther_away_than_the_kernel_can_wait(folder):
