@@ -32,7 +32,8 @@ class LocalConfig:
 
     def __init__(self, data: bytes) -> None:
         self.size = len(data)
-        self.written: dict[int, bytes] = {}  # by the driver, which a later backend has not seen
+        # by the driver, the latest last, which a later backend has not seen: (offset, length) -> bytes
+        self.written: dict[tuple[int, int], bytes] = {}
         self._bytes = bytearray(data)
 
     def last(self, offset: int, length: int) -> bytes:
@@ -48,14 +49,16 @@ class LocalConfig:
         data = data[: max(0, self.size - offset)]
         if data:
             self._bytes[offset : offset + len(data)] = data
-            self.written[offset] = data
+            place = (offset, len(data))
+            self.written.pop(place, None)  # what is written to the same bytes again moves to the end
+            self.written[place] = data
 
     def write(self, client: Client, offset: int, data: bytes) -> None:
         """Hand on what was kept."""
 
     def succeed(self, client: Client, before: LocalConfig) -> bool:
         """Be what `before` was, a space of the same size; whether the driver finds other bytes now."""
-        for offset, data in before.written.items():
+        for (offset, _), data in before.written.items():
             self.keep(offset, data)
             try:
                 self.write(client, offset, data)

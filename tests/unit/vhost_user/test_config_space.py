@@ -209,3 +209,20 @@ def test_scsi_keeps_what_its_backend_would_die_of(bench: Bench) -> None:
     frontend, backend = bench.connect(kinds.of(8), data=bytes(36), script={"SET_CONFIG": fake.hang_up})
     frontend.write_config(20, b"\x60\0\0\0")
     assert not asked(backend, "SET_CONFIG") and not bench.lost
+
+
+# -- after a loss ------------------------------------------------------------------
+
+
+def test_writes_that_overlap_are_repeated_as_they_were_made(bench: Bench) -> None:
+    """Of two to the same bytes the later one; how often a driver writes takes no memory."""
+    before, _ = bench.connect(FakeKind())
+    writes = [(0, b"AAAA"), (2, b"bb"), (8, b"wide"), (8, b"n"), (0, b"CCCC"), (2, b"dd"), (0, b"EEEE")]
+    for offset, data in writes:
+        before.write_config(offset, data)
+    after, backend = bench.connect(FakeKind())
+    assert after._link is not None
+    assert not after._config.succeed(after._link.client, before._config)
+    replayed = [(8, b"wide"), (8, b"n"), (2, b"dd"), (0, b"EEEE")]
+    assert asked(backend, "SET_CONFIG") == [Config(offset, 0, data) for offset, data in replayed]
+    assert after.read_config(0, 12) == before.read_config(0, 12) == b"EEEE\4\5\6\7nide"
