@@ -106,4 +106,7 @@ class BackendConfig(LocalConfig):
                 f"GET_CONFIG of {self.size} bytes was answered with {len(reply.data)} at {reply.offset}"
             )
         self._bytes[:] = reply.data
+        if self._policy == ABSORB:
+            for (offset, length), data in self.written.items():
+                self._bytes[offset : offset + length] = data
         return True

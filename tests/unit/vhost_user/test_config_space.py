@@ -208,7 +208,23 @@ def test_the_released_input_backend_survives_writes_of_one_byte(bench: Bench) ->
 def test_scsi_keeps_what_its_backend_would_die_of(bench: Bench) -> None:
     frontend, backend = bench.connect(kinds.of(8), data=bytes(36), script={"SET_CONFIG": fake.hang_up})
     frontend.write_config(20, b"\x60\0\0\0")
+    frontend.write_config(21, b"\1")
+    frontend.write_config(34, b"end and beyond")
     assert not asked(backend, "SET_CONFIG") and not bench.lost
+    backend.config[24] = 32
+    assert frontend.read_config(20, 8) == b"\x60\1\0\0\x20\0\0\0", "the rest is the backend's"
+    assert frontend.read_config(32, 4) == b"\0\0en"
+    frontend.reset()
+    assert frontend.read_config(20, 8) == bytes(4) + b"\x20\0\0\0"
+
+
+def test_what_was_absorbed_outlives_the_backend(bench: Bench) -> None:
+    before, _ = bench.connect(kinds.of(8), data=bytes(36))
+    before.write_config(20, b"\x60\0\0\0")
+    after, backend = bench.connect(kinds.of(8), data=bytes(36))
+    assert after._link is not None
+    assert not after._config.succeed(after._link.client, before._config)
+    assert after.read_config(20, 4) == b"\x60\0\0\0" and not asked(backend, "SET_CONFIG")
 
 
 # -- after a loss ------------------------------------------------------------------
