@@ -34,7 +34,7 @@ from guest.devices.common import (
 )
 from guest.devices.place import LIMIT, Place, wait_for_path
 
-from pyvmm.vhost_user.gpu import SAVE_SECONDS
+from pyvmm.vhost_user.picture import SAVE_SECONDS
 
 UHID_CREATE2, UHID_INPUT2 = 11, 12
 # The report descriptor of a keyboard: 8 modifiers, a byte of nothing, 6 keys.
