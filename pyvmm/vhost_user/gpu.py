@@ -64,6 +64,7 @@ class Screen:
         self.name = name
         self.picture = Picture(name, path, loop)
         self._loop = loop
+        self._handed: list[socket] = []  # our ends, until the loop listens there
         self._socket: socket | None = None
         self._received = bytearray()  # of one message, never more
 
@@ -78,18 +79,22 @@ class Screen:
         finally:
             theirs.close()
         ours.setblocking(False)
-        self._loop.call_soon_threadsafe(lambda: self._listen(ours))
+        self._handed.append(ours)
+        self._loop.call_soon_threadsafe(self._listen)
 
     def close(self) -> None:
-        """End the connection and save what is not saved yet."""
+        """End the connection and save what is not saved yet; nobody attaches any more."""
         self._hang_up()
+        while self._handed:
+            self._handed.pop().close()
         self.picture.close()
 
     # -- the connection ------------------------------------------------------------------
-    def _listen(self, sock: socket) -> None:
-        self._hang_up()
-        self._socket = sock
-        self._loop.add_reader(sock.fileno(), self._readable)
+    def _listen(self) -> None:
+        while self._handed:
+            self._hang_up()
+            self._socket = self._handed.pop(0)
+            self._loop.add_reader(self._socket.fileno(), self._readable)
 
     def _hang_up(self) -> None:
         if self._socket is not None:

@@ -208,6 +208,23 @@ def test_a_new_backend_gets_a_new_socket(rig: Rig) -> None:
     assert rig.ask("GET_PROTOCOL_FEATURES") == bytes(8)
 
 
+def test_a_socket_that_the_loop_never_listened_to_is_closed(rig: Rig) -> None:
+    """The machine ends while a new backend is greeted, or was never run."""
+    rig.client.backend.close()
+    rig.screen.attach(rig.client)  # type: ignore[arg-type]
+    rig.screen.close()
+    assert rig.client.backend.recv(1) == b""
+    rig.turn()
+
+
+def test_of_two_new_sockets_the_later_one_is_used(rig: Rig) -> None:
+    for _ in range(2):
+        rig.client.backend.close()
+        rig.screen.attach(rig.client)  # type: ignore[arg-type]
+    rig.turn()
+    assert rig.ask("GET_PROTOCOL_FEATURES") == bytes(8)
+
+
 def test_a_backend_that_ends_is_no_fault(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "warn", pytest.fail)
     rig.client.backend.shutdown(2)
