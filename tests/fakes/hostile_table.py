@@ -101,7 +101,7 @@ OPENING = {
        for what, told, sizes in (
         ("of 2**63 bytes", "bytes of shared memory", {0: 1 << 63}),
         ("of 256 regions of 2**63 bytes", "bytes of shared memory", dict.fromkeys(range(256), 1 << 63)),
-        ("of 5 regions", "5 shared memory regions", dict.fromkeys(range(5), 0x1000)),
+        ("of 5 regions", "shared memory regions", dict.fromkeys(range(5), 0x1000)),
         ("of half a page", "no whole pages", {0: 0x800}))},
     "no queues": Case("3 queues, but the backend has 0", options={"queues": 0}),
     "too few queues": Case("3 queues, but the backend has 2", options={"queues": 2}),
@@ -152,7 +152,7 @@ RUNNING = {
     "configuration cannot be written": Case("refused SET_CONFIG", {"SET_CONFIG": fake.status(1)}, writes,
                                             heals=True),
     "death at SET_CONFIG": Case(LOST, {"SET_CONFIG": fake.hang_up}, writes),
-    "a vector is refused": Case("did not take an interrupt", {("SET_VRING_CALL", 3): fake.status(1)},
+    "a vector is refused": Case("refused SET_VRING_CALL", {("SET_VRING_CALL", 3): fake.status(1)},
                                 moves_a_vector),
     # when it stops
     "death at GET_VRING_BASE": Case(LOST, {"GET_VRING_BASE": fake.hang_up}, resets),

@@ -24,6 +24,7 @@ from fakes.hostile import SILENCE, Stage, two_devices
 from fakes.hostile_table import TABLE, Case
 
 from pyvmm import config as cfg
+from pyvmm import log
 from pyvmm.errors import ConfigError
 from pyvmm.loop import EventLoop
 from pyvmm.virtio import spec
@@ -49,7 +50,8 @@ def machine(tmp_path: Path) -> Callable[..., cfg.VmConfig]:
 
 
 @pytest.fixture
-def backend(case: Case) -> Any:
+def backend(case: Case, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(log, "_said", set())
     with leaves_nothing():
         made = FakeBackend(script=case.script, **case.options)
         yield made
