@@ -125,6 +125,10 @@ class FakeBackend:
     def status_of(self, name: str, payload: Payload | None = None, fds: list[int] | None = None) -> int:
         """Send a request of the backend's own; the status that it is acked with."""
         self.ask(name, payload, fds)
+        return self.status_told()
+
+    def status_told(self) -> int:
+        """The status that the request before was acked with."""
         assert self.requests is not None
         reply = self.requests.receive(
             Decoder(BACKEND_REQUESTS, os.close, replies=True), monotonic() + 30

@@ -125,6 +125,7 @@ class Place:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
+        os.unlink(self.path)
         for backend in self.backends:
             backend.close()
 
