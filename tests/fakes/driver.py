@@ -178,14 +178,19 @@ class VirtioDriver:
         desc = base
         avail = desc + spec.desc_bytes(size)
         used = avail + spec.avail_bytes(size) + 3 & ~3
-        for offset, value in ((32, desc), (40, avail), (48, used)):
-            self.set(offset, 4, value & 0xFFFF_FFFF)
-            self.set(offset + 4, 4, value >> 32)
         if vector is not None:
             self.set(26, 2, vector)
             assert self.get(26, 2) == vector
-        self.set(28, 2, 1)
+        self.enable(index, desc, avail, used)
         return used + spec.used_bytes(size) + 15 & ~15
+
+    def enable(self, index: int, desc: int, avail: int, used: int) -> None:
+        """Enable queue `index`, whose parts are at these addresses."""
+        self.set(22, 2, index)
+        for offset, value in ((32, desc), (40, avail), (48, used)):
+            self.set(offset, 4, value & 0xFFFF_FFFF)
+            self.set(offset + 4, 4, value >> 32)
+        self.set(28, 2, 1)
 
     # -- MSI-X -------------------------------------------------------------------------
     def table(self, vector: int, word: int) -> int:

@@ -65,6 +65,18 @@ class Ram:
         os.close(self.fd)
 
 
+class MachineRam(Ram):
+    """The memory of a whole machine, from `start` on."""
+
+    def __init__(self, region: object, start: int) -> None:
+        self.data = memoryview(region)  # type: ignore[arg-type, assignment]
+        self.size = len(self.data)
+        self._next = start
+
+    def close(self) -> None:
+        self.data.release()  # type: ignore[attr-defined]
+
+
 class DriverQueue:
     """One split virtqueue with its kick and call eventfds."""
 
