@@ -339,8 +339,9 @@ class Frontend:
         wanted = self._wanted
         before = Agreed(wanted.features if wanted is not None else 0, self._config, self.shared_memory)
         self._opening.check(agreed, before)
-        self._stranded = self._why_stranded(wanted) if wanted is not None else ""
-        if self._stranded:
+        if wanted is not None:
+            self._stranded = self._why_stranded(wanted)
+        if self._stranded:  # until a reset, however many backends come by then
             self._wanted = None
         elif wanted is not None:
             bases = [used_index(self._memory, queue) for queue in wanted.queues]

@@ -422,6 +422,25 @@ def test_the_device_is_started_only_if_it_is_known_what_is_left(
     assert payloads(second, "SET_VRING_BASE") == [VringState(0, 0), VringState(1, 0)]
 
 
+def test_a_device_that_waits_for_its_reset_does_so_over_further_losses(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    frontend, backend = rig.running(protocol=NO_TRACKING)
+    rig.rings(1, [1, 2, 3, 4], [2])
+    for _ in range(2):
+        rig.lose(backend)
+        backend = rig.put(protocol=NO_TRACKING)
+        until(lambda: "the device waits until the guest resets it" in capfd.readouterr().err)
+    assert "SET_FEATURES" not in backend.names and rig.told == ["away", "away"]
+    frontend.reset()
+    rig.rings(1, [], [])
+    third = rig.put(protocol=NO_TRACKING)
+    rig.lose(backend)
+    rig.until_back()
+    frontend.activate(FEATURES, rig.queues())
+    assert payloads(third, "SET_VRING_BASE") == [VringState(0, 0), VringState(1, 0)]
+
+
 @pytest.mark.parametrize("tracked", [False, True])
 def test_order_does_not_matter_when_it_is_promised_or_tracked(rig: Rig, tracked: bool) -> None:
     protocol = fake.PROTOCOL if tracked else NO_TRACKING
