@@ -20,7 +20,7 @@ from .inflight import InflightBuffer
 from .link import Link
 from .memory import MemoryTable
 from .opening import Agreed, Opening
-from .progress import all_in_order, moved, used_index
+from .progress import moved, obstacle, used_index
 from .recovery import FAIL, RECONNECT, STOP, Recovery
 from .rings import Wanted
 from .shared_memory import SharedMemory
@@ -44,10 +44,6 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 LONG_LIFE = 2.0  # seconds
-UNORDERED = (
-    "requests were completed out of order and the lost backend tracked none: repeating any could do harm"
-)
-UNMAPPED = "the guest had memory of the lost backend's before it"
 
 
 class Frontend:
@@ -340,7 +336,7 @@ class Frontend:
         before = Agreed(wanted.features if wanted is not None else 0, self._config, self.shared_memory)
         self._opening.check(agreed, before)
         if wanted is not None:
-            self._stranded = self._why_stranded(wanted)
+            self._stranded = obstacle(self._memory, wanted, self._inflight.held, self.mappings.torn)
         if self._stranded:  # until a reset, however many backends come by then
             self._wanted = None
         elif wanted is not None:
@@ -349,14 +345,6 @@ class Frontend:
             rings.wake(wanted.queues)
         self._config_changed = agreed.config.succeed(link.client, self._config)
         self.features, self._config = agreed.features, agreed.config
-
-    def _why_stranded(self, wanted: Wanted) -> str:
-        """Why the new backend cannot go on with what the driver has, or nothing."""
-        if self.mappings.torn:
-            return UNMAPPED
-        if self._inflight.held or all_in_order(self._memory, wanted.features, wanted.queues):
-            return ""
-        return UNORDERED
 
     def _recovered(self, failure: str) -> None:
         if failure:

@@ -16,10 +16,15 @@ if TYPE_CHECKING:
 
     from ..virtio.queue import QueueSetup
     from .memory import MemoryTable
+    from .rings import Wanted
 
 INDEX = 2  # offset of `idx` in both rings, of 16 bits
 RING = 4  # offset of the entries
 F_IN_ORDER = 1 << 35
+UNORDERED = (
+    "requests were completed out of order and the lost backend tracked none: repeating any could do harm"
+)
+UNMAPPED = "the guest had memory of the lost backend's before it"
 
 
 def used_index(memory: MemoryTable, queue: QueueSetup) -> int:
@@ -33,9 +38,16 @@ def moved(memory: MemoryTable, running: Iterable[tuple[QueueSetup, int]]) -> boo
     return any(used_index(memory, queue) != base for queue, base in running)
 
 
-def all_in_order(memory: MemoryTable, features: int, queues: Iterable[QueueSetup]) -> bool:
-    """Whether the used index says of each queue which chains are left; `features` are the driver's."""
-    return bool(features & F_IN_ORDER) or all(in_order(memory, queue) for queue in queues)
+def obstacle(memory: MemoryTable, wanted: Wanted, tracked: bool, torn: bool) -> str:
+    """Why no other backend can go on with what the driver has, or nothing.
+
+    `tracked` says whether the lost one kept book of its requests, `torn` whether the guest lost mappings.
+    """
+    if torn:
+        return UNMAPPED
+    if tracked or wanted.features & F_IN_ORDER:
+        return ""
+    return "" if all(in_order(memory, queue) for queue in wanted.queues) else UNORDERED
 
 
 def in_order(memory: MemoryTable, queue: QueueSetup) -> bool:
