@@ -99,6 +99,7 @@ class Frontend:
         self._stranded = ""
         self._changed_at, self._outage = monotonic(), 0.0
         self._config_changed = False
+        self._accepted = 0  # by the driver
         self._wanted: Wanted | None = None
         self._running: tuple[tuple[QueueSetup, int], ...] = ()  # and where each ring began
         packed = on_loss != RECONNECT  # nobody has to go on with them
@@ -132,6 +133,14 @@ class Frontend:
             raise
 
     # -- start and stop ----------------------------------------------------------------
+    def agree(self, features: int) -> bool:
+        """The driver settles on `features`: whether it can.  Until a reset each backend must have them."""
+        with self._lock:
+            possible = not features & ~self.features
+            if possible:
+                self._accepted = features
+            return possible
+
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
         """Start the device with the driver's `features` and its enabled `queues`.
 
@@ -140,14 +149,13 @@ class Frontend:
         is lost for good.
         """
         with self._lock:
-            self._wanted = Wanted(features & self.features, tuple(queues))
+            self._accepted, self._wanted = features, Wanted(features, tuple(queues))
             self._carry_out(self._start)
 
     def reset(self) -> None:
         """Stop the rings.  The backend touches guest memory no more, or it is lost."""
         with self._lock:
-            self._wanted = None
-            self._stranded = ""
+            self._accepted, self._wanted, self._stranded = 0, None, ""
             try:
                 self._on_link(self._stop)
             except ProtocolError as error:
@@ -333,8 +341,7 @@ class Frontend:
     def _resume(self, link: Link, agreed: Agreed) -> None:
         """Go on where the lost backend stopped, with what the driver wants by now."""
         wanted = self._wanted
-        before = Agreed(wanted.features if wanted is not None else 0, self._config, self.shared_memory)
-        self._opening.check(agreed, before)
+        self._opening.check(agreed, Agreed(self._accepted, self._config, self.shared_memory))
         if wanted is not None:
             self._stranded = obstacle(self._memory, wanted, self._inflight.held, self.mappings.torn)
         if self._stranded:  # until a reset, however many backends come by then

@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         def mappings(self) -> Mappings: ...
         def read_config(self, offset: int, length: int) -> bytes: ...
         def write_config(self, offset: int, data: bytes) -> None: ...
+        def agree(self, features: int) -> bool: ...
         def activate(self, features: int, queues: Sequence[QueueSetup]) -> None: ...
         def set_call(self, index: int, fd: int | None) -> None: ...
         def reset(self) -> None: ...
@@ -145,7 +146,7 @@ class VirtioDevice:
             self.complain("negotiate", f"accepted feature bits that are not offered: {unknown:#x}")
         elif not self.driver_features & spec.F_VERSION_1:
             self.complain("negotiate", "did not accept VIRTIO_F_VERSION_1")
-        else:
+        elif self.backend.agree(self.driver_features):  # else another has come meanwhile, which has fewer
             self._set_driver_bits(written)
 
     def _activate(self) -> None:
@@ -175,6 +176,8 @@ class VirtioDevice:
                 self.backend.reset()
             except FAILURES as error:
                 log.warn(f"{self.name}: the backend did not reset: {error}")
+        else:
+            self.backend.agree(0)
         self._started = self._failed = False
         self._active = []
         with self._state_lock:

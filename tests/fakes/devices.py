@@ -120,7 +120,8 @@ class FakeBackend:
         self.on_lost: Callable[[str], None] = lambda _: None
         self.active: dict[int, QueueSetup] | None = None
         self.calls: dict[int, int | None] = {}
-        self.accepted = 0
+        self.agreeable = True
+        self.agreed = self.accepted = 0
         self.resets = 0
         self.closed = False
 
@@ -135,6 +136,10 @@ class FakeBackend:
     def write_config(self, offset: int, data: bytes) -> None:
         assert data and offset + len(data) <= len(self.config)
         self.config[offset : offset + len(data)] = data
+
+    def agree(self, features: int) -> bool:
+        self.agreed = features
+        return self.agreeable
 
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
         self._fail()

@@ -26,7 +26,6 @@ KINDS = ("rng", "fs", "input", "scsi", "blk")
 RAM = GuestRam(os.memfd_create("ram"), (RamRange(0, 1 << 20, 0), RamRange(1 << 32, 1 << 20, 1 << 20)))
 os.ftruncate(RAM.fd, 2 << 20)
 KICK, CALL = os.eventfd(0, os.EFD_NONBLOCK), os.eventfd(0, os.EFD_NONBLOCK)
-FEATURES = (1 << 64) - 1
 OWN_REQUEST = 21  # SET_BACKEND_REQ_FD
 
 
@@ -178,7 +177,7 @@ def _step(what: int, source: Input, frontend: Frontend) -> None:
     else:
         try:
             if what % 5 == 3:
-                frontend.activate(FEATURES, [_queue(i) for i in range(what >> 6)])
+                frontend.activate(frontend.features, [_queue(i) for i in range(what >> 6)])
             else:
                 frontend.set_call(what >> 6, CALL)
         except ProtocolError:

@@ -255,6 +255,33 @@ def test_a_backend_that_does_not_fit_is_refused(
     assert errors.count(message) == 1 and "reconnected after" in errors
 
 
+def test_features_that_the_driver_settled_on_must_be_there_before_it_starts_the_device(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start()
+    assert not frontend.agree(FEATURES | 1 << 27)
+    assert frontend.agree(FEATURES)
+    second = rig.put(virtio=fake.VIRTIO & ~1)
+    rig.lose(first)
+    until(lambda: not second._thread.is_alive())
+    frontend.activate(FEATURES, rig.queues())
+    third = rig.put()
+    rig.until_back()
+    assert payloads(third, "SET_FEATURES") == [U64(FEATURES | 1 << 30)] and rig.told == ["away", "back"]
+
+
+@pytest.mark.parametrize("forget", [Frontend.reset, lambda frontend: frontend.agree(0)])
+def test_features_that_no_driver_insists_on_any_more(rig: Rig, forget: Callable[[Frontend], object]) -> None:
+    first = rig.put()
+    frontend = rig.start()
+    assert frontend.agree(FEATURES)
+    forget(frontend)
+    rig.put(virtio=fake.VIRTIO & ~1)
+    rig.lose(first)
+    rig.until_back()
+    assert not frontend.agree(FEATURES), "a driver that settles on what it read before"
+    assert frontend.agree(FEATURES & ~1)
+
+
 @pytest.mark.parametrize("case", UNFIT)
 def test_what_would_be_the_same_again_is_not_looked_for(rig: Rig, case: str) -> None:
     options, message = UNFIT[case]

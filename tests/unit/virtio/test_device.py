@@ -118,6 +118,17 @@ class TestFeatures:
         assert bool(steps(device, 1, 3, 0xB) & FEATURES_OK) == kept
         assert bool(capfd.readouterr().err) != kept
 
+    def test_the_backend_is_told_what_is_agreed_until_the_reset(self, device, backend):
+        negotiated(device)
+        assert backend.agreed == device.features
+        assert steps(device, 0) == 0
+        assert backend.agreed == 0 and not backend.resets
+
+    def test_a_backend_that_was_replaced_meanwhile_may_have_fewer(self, device, backend):
+        backend.agreeable = False
+        device.accept_features(device.features)
+        assert steps(device, 1, 3, 0xB) == 3
+
     def test_fixed_after_features_ok(self, device):
         negotiated(device)
         device.accept_features(0)
