@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import TypeVar
 
+    from ..virtio.queue import QueueSetup
     from .codec import Message
     from .payloads import MemRegion, Payload
 
     Kind = TypeVar("Kind", bound=Payload)
+    Running = tuple[tuple[QueueSetup, int], ...]  # and where each ring began
     Exchange = tuple[Payload, Message | None]
     Converse = Callable[[str, Payload, Sequence[int]], Exchange]
     Observe = Callable[[Converse, str, Payload, Sequence[int]], Exchange]
@@ -44,6 +46,7 @@ class Client:
         self.observe: Observe | None = None  # does what `_converse` does, and looks on
         self.negotiation = Negotiation()
         self.started = False  # the device runs, or may do so
+        self.running: Running = ()  # the rings that do
         self.regions: tuple[MemRegion, ...] = ()  # what the backend has in its memory slots
         self._requester = Requester(FRONTEND_REQUESTS, self.negotiation, _close_fd)
 

@@ -101,7 +101,6 @@ class Frontend:
         self._config_changed = False
         self._accepted = 0  # by the driver
         self._wanted: Wanted | None = None
-        self._running: tuple[tuple[QueueSetup, int], ...] = ()  # and where each ring began
         packed = on_loss != RECONNECT  # nobody has to go on with them
         self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges), packed)
         self._opening.greet = greet or _nothing
@@ -157,7 +156,7 @@ class Frontend:
         with self._lock:
             self._accepted, self._wanted, self._stranded = 0, None, ""
             try:
-                self._on_link(self._stop)
+                self._on_link(lambda link: rings.stop(link.client))
             except ProtocolError as error:
                 log.debug(f"{self.name}: reset: {error}")
             self._inflight.drop()
@@ -173,23 +172,17 @@ class Frontend:
                 self._carry_out(lambda link: rings.send_fd(link.client, "SET_VRING_CALL", index, fd))
 
     def _start(self, link: Link) -> None:
-        self._stop(link)
-        if self._wanted is not None:
-            self._run(link, self._wanted, self._wanted.first_bases)
-
-    def _run(self, link: Link, wanted: Wanted, bases: list[int]) -> None:
-        rings.start(link.client, self._memory, wanted, bases, self._inflight)
-        self._running = tuple(zip(wanted.queues, bases, strict=True))
-
-    def _stop(self, link: Link) -> None:
-        queues, self._running = [queue for queue, _ in self._running], ()
-        rings.stop(link.client, queues)
+        rings.stop(link.client)
+        wanted = self._wanted
+        if wanted is not None:
+            rings.start(link.client, self._memory, wanted, wanted.first_bases, self._inflight)
 
     # -- configuration space -----------------------------------------------------------
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes; the last known ones when the backend does not give them."""
         try:
-            return self._with_link(lambda link: self._read_config(link, offset, length))
+            with self._lock:
+                return self._on_link(lambda link: self._read_config(link, offset, length))
         except ProtocolError:
             return self._config.last(offset, length)
 
@@ -265,10 +258,6 @@ class Frontend:
         return 0
 
     # -- loss --------------------------------------------------------------------------
-    def _with_link(self, action: Callable[[Link], Result]) -> Result:
-        with self._lock:
-            return self._on_link(action)
-
     def _on_link(self, action: Callable[[Link], Result]) -> Result:
         link = self._link
         if link is None:
@@ -292,8 +281,7 @@ class Frontend:
         self._link, self._retired = None, link
         self._lost = link.fault or reason
         # one that neither lived for a while nor used a buffer may have failed at its start
-        self._worked = monotonic() - self._changed_at > LONG_LIFE or moved(self._memory, self._running)
-        self._running = ()
+        self._worked = monotonic() - self._changed_at > LONG_LIFE or moved(self._memory, link.client.running)
         self._changed_at = monotonic()
         link.shutdown()
         self._loop.call_soon_threadsafe(self._announce_loss)
@@ -332,7 +320,6 @@ class Frontend:
                 self._link, self._outage = link, monotonic() - self._changed_at
                 self._changed_at = monotonic()
         except BaseException:
-            self._running = ()
             link.close()
             raise
         finally:
@@ -348,7 +335,7 @@ class Frontend:
             self._wanted = None
         elif wanted is not None:
             bases = [used_index(self._memory, queue) for queue in wanted.queues]
-            self._run(link, wanted, bases)
+            rings.start(link.client, self._memory, wanted, bases, self._inflight)
             rings.wake(wanted.queues)
         self._config_changed = agreed.config.succeed(link.client, self._config)
         self.features, self._config = agreed.features, agreed.config

@@ -61,7 +61,7 @@ def start(
     call = client.call
     protocol = (client.negotiation.virtio_offered or 0) & F_PROTOCOL_FEATURES
     # without bit 30 a backend enables all rings by itself and refuses SET_VRING_ENABLE
-    client.started = True
+    client.started, client.running = True, tuple(zip(wanted.queues, bases, strict=True))
     call("SET_FEATURES", U64(wanted.features | protocol))
     _agree(client)
     _share_memory(client, memory)
@@ -69,7 +69,7 @@ def start(
         call("SET_VRING_NUM", VringState(queue.index, queue.size))
     if not wanted.packed:  # nobody goes on with those after a loss
         inflight.share(client)
-    for queue, base in zip(wanted.queues, bases, strict=True):
+    for queue, base in client.running:
         _start_ring(client, memory, queue, base)
     if protocol:
         for queue in wanted.queues:
@@ -117,11 +117,12 @@ def _start_ring(client: Client, memory: MemoryTable, queue: QueueSetup, base: in
     send_fd(client, "SET_VRING_KICK", queue.index, queue.kick)
 
 
-def stop(client: Client, queues: Sequence[QueueSetup]) -> None:
-    """Stop these rings and reset the device; the backend touches guest memory no more afterwards."""
+def stop(client: Client) -> None:
+    """Stop every ring and reset the device; the backend touches guest memory no more afterwards."""
     if not client.started:
         return
-    client.started = False
+    queues = [queue for queue, _ in client.running]
+    client.started, client.running = False, ()
     if client.negotiation.virtio_acked & F_PROTOCOL_FEATURES:
         for queue in queues:
             client.call("SET_VRING_ENABLE", VringState(queue.index, 0))
