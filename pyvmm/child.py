@@ -1,7 +1,7 @@
 """A child process by its descriptor: whether it has ended, how, and signals that reach no other.
 
 It owns the pidfd and the reaping.  How the child came to be, and how it is asked to end, is for
-the classes built on it.
+the classes built on it.  Each leads a session, and so a process group, of its own.
 """
 
 from __future__ import annotations
@@ -9,40 +9,72 @@ from __future__ import annotations
 import os
 import select
 
-from .lean import signal
+from .lean import Lock, signal
 
 
 class ChildProcess:
     """`pid` is a child of ours that nobody else waits for.  `pidfd` becomes readable when it ends.
 
-    `status` is the exit status as a shell counts it (128 + n for signal n), once it is known.
+    `status` is the exit status as a shell counts it (128 + n for signal n), once it is known.  `ended`,
+    `kill` and `destroy` are for any thread, the rest is for the owner's.
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self.status: int | None = None
+        self._lock = Lock()  # guards status and descriptor
 
     def wait(self, seconds: float) -> int | None:
         """The exit status as soon as the process ends, None when it does not in time."""
-        if self.status is None and self.pidfd >= 0:
-            poll = select.poll()
-            poll.register(self.pidfd, select.POLLIN)
-            if poll.poll(max(0, round(seconds * 1000))):
-                code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-                self.status = code if code >= 0 else 128 - code
+        if seconds > 0 and self.status is None and self.pidfd >= 0:
+            _readable(self.pidfd, seconds)
+        with self._lock:
+            self._look()
         return self.status
 
     def ended(self) -> bool:
         """Whether it has ended."""
-        return self.pidfd < 0 or self.wait(0) is not None
+        return self.wait(0) is not None or self.pidfd < 0
 
     def kill(self, number: int) -> None:
         """Send a signal to it while it runs."""
-        if not self.ended():
-            signal.pidfd_send_signal(self.pidfd, number)
+        with self._lock:
+            if self._look():
+                signal.pidfd_send_signal(self.pidfd, number)
+
+    def destroy(self, seconds: float) -> bool:
+        """Kill it and all of its process group; whether it is over within so many seconds.
+
+        Its memory is given back then.  What left the group is not ours to find.
+        """
+        with self._lock:
+            if not self._look():
+                return True
+            fd = os.dup(self.pidfd)  # the owner may close the other one meanwhile
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:  # just forked: it does not lead a group yet
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+        _readable(fd, seconds)
+        os.close(fd)
+        return self.ended()
 
     def forget(self) -> None:
         """Close the descriptor."""
-        os.close(self.pidfd)
-        self.pidfd = -1
+        with self._lock:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def _look(self) -> bool:
+        """Whether it still runs; it is reaped if not."""
+        if self.status is None and self.pidfd >= 0 and _readable(self.pidfd, 0):
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            self.status = code if code >= 0 else 128 - code
+        return self.status is None and self.pidfd >= 0
+
+
+def _readable(fd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(max(0, round(seconds * 1000))))

@@ -168,9 +168,10 @@ class Machine:
         return self._threads is None or self._threads.stop(timeout)
 
     def reset(self) -> None:
-        """Stop the virtual CPUs, then the devices: afterwards no backend touches the memory.
+        """Stop the virtual CPUs, then the devices: afterwards no backend of ours touches the memory.
 
-        Takes as long as CPUs wait for a device, and as backends take to stop; in a thread of its own.
+        Nor does one of somebody else's that stopped, or ended, when it was told to.  Takes as long as CPUs
+        wait for a device, and as backends take to stop; in a thread of its own.
         """
         self.stop(-1)
         self.board.pci.reset()

@@ -183,7 +183,7 @@ class Vm:
             self._resetting = Task(self._reset)
 
     def _reset(self) -> None:
-        """Until the old machine stands still and no backend touches the memory; in a thread of its own."""
+        """Until the old machine stands still and backends let go of the memory; in a thread of its own."""
         try:
             self._current.reset()
             if self._serial is not None:

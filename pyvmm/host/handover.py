@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from ..backend.process import DeviceProcess
+    from ..child import ChildProcess
     from ..loop import EventLoop
     from .children import Child
 
@@ -236,6 +237,9 @@ class StartedEndpoint(Endpoint):
     def reconnect(self) -> socket | None:
         return self.process.connection()
 
+    def holder(self) -> ChildProcess | None:
+        return self.process.child
+
     def watch(self, loop: EventLoop) -> None:
         self.process.watch(loop)
 
@@ -263,6 +267,9 @@ class ForkedEndpoint(Endpoint):
         self.process.close()
         self.process, self._leaving = self._spawn(), Leaving()
         return self.process.take_socket()
+
+    def holder(self) -> ChildProcess | None:
+        return self.process
 
     def close(self) -> None:
         """End the process."""

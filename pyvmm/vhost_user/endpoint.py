@@ -22,6 +22,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..child import ChildProcess
     from ..loop import EventLoop
 
 PATIENCE = 1.0  # seconds of waiting for a backend before the user is told
@@ -54,6 +55,10 @@ class Endpoint:
 
         Called in the event loop's thread.  ConfigError says what keeps it from coming.
         """
+        return None
+
+    def holder(self) -> ChildProcess | None:
+        """The process at the other end of the latest connection, if it is ours to end."""
         return None
 
     def watch(self, loop: EventLoop) -> None:

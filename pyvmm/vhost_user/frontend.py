@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Result = TypeVar("Result")
 
 LONG_LIFE = 2.0  # seconds
+DEATH = 5.0  # seconds for a process that is killed: the kernel may be at work for it
 
 
 class Frontend:
@@ -95,7 +96,7 @@ class Frontend:
         self._on_loss = on_loss
         self._retired: Link | None = None
         self._candidate: Link | None = None
-        self._closed = self._given_up = self._worked = False
+        self._ending = self._given_up = self._worked = False
         self._stranded = ""
         self._changed_at, self._outage = monotonic(), 0.0
         self._config_changed = False
@@ -109,6 +110,7 @@ class Frontend:
         self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)
         self._trace = trace
         self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline, trace)
+        self._holder = self._endpoint.holder()  # who got guest memory last, if it is a process of ours
         self._handlers: dict[str, Handler] = {"CONFIG_CHANGE_MSG": self._note_config_change}
         agreed = self._open(self._link)
         self.shared_memory = agreed.shared_memory
@@ -152,7 +154,11 @@ class Frontend:
             self._carry_out(self._start)
 
     def reset(self) -> None:
-        """Stop the rings.  The backend touches guest memory no more, or it is lost."""
+        """Stop the rings; the backend touches guest memory no more, or else it is lost.
+
+        If that is a process of ours, it is killed before this returns, and so is one that was lost before.
+        Guest memory cannot be taken away from somebody else's: whoever runs that has to end it.
+        """
         with self._lock:
             self._accepted, self._wanted, self._stranded = 0, None, ""
             try:
@@ -162,6 +168,11 @@ class Frontend:
             self._inflight.drop()
             self._config.written.clear()
             self.mappings.clear()  # the backend may have mapped until it stopped
+            lost = self._link is None and not self._ending  # a process gets its time to end in order then
+        if lost and self._holder is not None and not self._holder.ended():
+            log.warn(f"{self.name}: the lost backend is killed, lest it write to the guest's memory later")
+            if not self._holder.destroy(DEATH):
+                log.warn(f"{self.name}: it does not end within {DEATH:g} s, and may write to memory later")
 
     def set_call(self, index: int, fd: int | None) -> None:
         """Send the interrupts of a running queue elsewhere.  Raises ProtocolError, as `activate` does."""
@@ -310,10 +321,11 @@ class Frontend:
         """Make the device of a new connection, in a thread of its own; raises what is wrong with it."""
         link = self._candidate = Link(sock, self._deadline, self._trace)
         try:
-            if self._closed:
+            if self._ending:
                 raise BackendLost(self._lost)
             agreed = self._opening.open(link, self._handlers)
             with self._lock:
+                self._holder = self._endpoint.holder()
                 link.client.limit = monotonic() + self._deadline  # a virtual CPU may want the lock
                 self._resume(link, agreed)
                 link.client.limit = inf
@@ -356,14 +368,14 @@ class Frontend:
         self._tell_config_change()
 
     def interrupt(self) -> None:
-        """Wake a thread that waits for the backend; the backend is lost then."""
+        """Wake a thread that waits for the backend; the backend is lost then, for the machine ends."""
+        self._ending = True
         for link in (self._link, self._retired, self._candidate):
             if link is not None:
                 link.shutdown("the machine ends")
 
     def close(self) -> None:
         """End the connection and close every descriptor; a waiting thread is woken first."""
-        self._closed = True
         self._lost = self._lost or "the device was closed"
         self._recovery.cancel()
         self.interrupt()

@@ -13,7 +13,7 @@ from threading import Timer
 
 import pytest
 from fakes.backend import no_new_fds
-from fakes.entropy import Entropy, scenario
+from fakes.entropy import Entropy, restart, scenario
 from fakes.program import POWER_OFF, SPIN, Program, children, environment, pvh_elf
 
 from pyvmm import config as cfg
@@ -113,6 +113,47 @@ def test_what_we_started_is_started_again(machine, loop, started, monkeypatch, c
 
         scenario(built, loop, steps)
     assert not started()
+
+
+@pytest.mark.parametrize("policy", ["fail", "reconnect"])
+@pytest.mark.parametrize("case", OWN)
+def test_what_does_not_stop_is_gone_before_the_guest_is_told(
+    machine, loop, started, monkeypatch, case, policy
+):
+    monkeypatch.setenv("PYTHONPATH", environment().get("PYTHONPATH", ""))
+    with no_new_fds(), Vm(machine(OWN[case], deadline=0.5, on_backend_loss=policy), loop) as built:
+        device = Entropy(built, 1, RINGS)
+
+        def steps():
+            device.start()
+            assert device.ask()
+            (pid,) = started()
+            os.kill(pid, signal.SIGSTOP)
+            device.driver.reset()
+            assert not device.driver.status and pid not in started()
+            if policy == "reconnect":
+                until(started)
+
+        scenario(built, loop, steps)
+    assert not started()
+
+
+def test_a_restart_waits_for_that_too(machine, loop, started):
+    with Vm(machine(OWN["forked"], deadline=0.5, reboot=True), loop) as built:
+
+        def steps():
+            device = Entropy(built, 1, RINGS)
+            device.start()
+            assert device.ask()
+            (pid,) = started()
+            os.kill(pid, signal.SIGSTOP)
+            restart(built)
+            assert pid not in started()
+            device = Entropy(built, 1, RINGS)
+            device.start()
+            assert device.ask()
+
+        scenario(built, loop, steps)
 
 
 def test_a_hundred_kills_lose_no_buffer(machine, loop, started, capfd):

@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
@@ -35,8 +36,25 @@ USED, AVAIL = (0x3000, 0x7000), (0x2000, 0x6000)  # of the two queues
 SHORT = 0.3  # seconds: the deadline where a backend is silent
 
 
+class Process:
+    """The process of a backend, which lives until it is killed."""
+
+    def __init__(self, stubborn: bool = False) -> None:
+        self.killed = False
+        self._stubborn = stubborn
+
+    def ended(self) -> bool:
+        return self.killed and not self._stubborn
+
+    def destroy(self, seconds: float) -> bool:
+        self.killed = True
+        return self.ended()
+
+
 class Host(Endpoint):
     """Where one backend after the other answers, as a test puts them there."""
+
+    process: Any = None  # whoever holds the latest connection
 
     def __init__(self, *backends: FakeBackend) -> None:
         super().__init__("backend")
@@ -45,6 +63,9 @@ class Host(Endpoint):
 
     def connect(self, timeout: float) -> socket.socket:
         return self.waiting.pop(0).frontend_end
+
+    def holder(self) -> Any:
+        return self.process
 
     def reconnect(self) -> socket.socket | None:
         self.looks.append(monotonic())
@@ -405,6 +426,77 @@ def test_a_silent_new_backend_holds_nobody_up_for_longer_than_the_deadline(rig: 
     assert frontend.read_config(0, 1) == b"\0"
     frontend.reset()
     assert monotonic() - begin < SHORT * 3, "many slow answers are late together"
+
+
+# -- who has guest memory ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [FAIL, RECONNECT])
+@pytest.mark.parametrize("silent", ["SET_VRING_ENABLE", "GET_VRING_BASE"])
+def test_a_process_that_does_not_stop_is_killed(
+    rig: Rig, capfd: pytest.CaptureFixture[str], policy: str, silent: str
+) -> None:
+    process = rig.host.process = Process()
+    rig.put(script={(silent, 2 if silent == "SET_VRING_ENABLE" else 0): fake.silence})
+    frontend = rig.start(deadline=SHORT, on_loss=policy)
+    frontend.activate(FEATURES, rig.queues())
+    frontend.reset()
+    assert process.killed
+    assert "dev: the lost backend is killed, lest it write to the guest's memory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("policy", [FAIL, RECONNECT])
+def test_a_process_that_was_lost_before_is_killed_at_the_reset(rig: Rig, policy: str) -> None:
+    process = rig.host.process = Process()
+    first = rig.put()
+    frontend = rig.start(on_loss=policy)
+    frontend.activate(FEATURES, rig.queues())
+    first.channel.shutdown()
+    until(lambda: rig.told)
+    assert not process.killed, "it may write what it has to a disk, and end in order"
+    frontend.reset()
+    assert process.killed
+
+
+def test_a_process_that_stops_in_time_lives_on(rig: Rig) -> None:
+    process = rig.host.process = Process()
+    frontend, _ = rig.running()
+    frontend.reset()
+    assert not process.killed
+
+
+def test_the_one_that_got_memory_last_is_killed(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start(deadline=SHORT)
+    frontend.activate(FEATURES, rig.queues())
+    process = rig.host.process = Process()
+    second = rig.put(script={"SET_VRING_KICK": fake.silence})
+    rig.lose(first)
+    until(lambda: not second._thread.is_alive())
+    rig.host.process = fresh = Process()
+    third = rig.put(script={"GET_QUEUE_NUM": fake.silence})
+    until(lambda: "GET_QUEUE_NUM" in third.names)
+    frontend.reset()
+    assert process.killed and not fresh.killed
+
+
+def test_a_process_that_cannot_be_killed_is_told(rig: Rig, capfd: pytest.CaptureFixture[str]) -> None:
+    rig.host.process = Process(stubborn=True)
+    frontend, first = rig.running()
+    rig.lose(first)
+    frontend.reset()
+    assert "dev: it does not end within 5 s, and may write to memory later" in capfd.readouterr().err
+
+
+def test_when_the_machine_ends_a_process_gets_its_time(rig: Rig) -> None:
+    process = rig.host.process = Process()
+    frontend, _ = rig.running(script={"GET_VRING_BASE": fake.silence})
+    resetting = threading.Thread(target=frontend.reset)
+    resetting.start()
+    until(lambda: "GET_VRING_BASE" in rig.backends[0].names)
+    frontend.interrupt()
+    resetting.join()
+    assert not process.killed
 
 
 # -- which requests are left -------------------------------------------------------
