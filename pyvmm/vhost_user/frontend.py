@@ -162,12 +162,12 @@ class Frontend:
         with self._lock:
             self._accepted, self._wanted, self._stranded = 0, None, ""
             try:
-                self._on_link(lambda link: rings.stop(link.client))
+                self._on_link(Link.stop)
             except ProtocolError as error:
                 log.debug(f"{self.name}: reset: {error}")
             self._inflight.drop()
             self._config.written.clear()
-            self.mappings.clear()  # the backend may have mapped until it stopped
+            self.mappings.clear()
             lost = self._link is None and not self._ending  # a process gets its time to end in order then
         if lost and self._holder is not None and not self._holder.ended():
             log.warn(f"{self.name}: the lost backend is killed, lest it write to the guest's memory later")
@@ -251,7 +251,6 @@ class Frontend:
             return
         if link.notices.ended:
             link.drop_notices(self._loop)
-        self._tell_config_change()
 
     def _memory_broke(self) -> None:
         """On a virtual CPU's thread: what the backend has mapped is of no use."""
@@ -259,14 +258,16 @@ class Frontend:
         if link is not None:
             link.shutdown("what it mapped into shared memory has no memory; was a file cut short?")
 
+    def _note_config_change(self, message: Message) -> int:
+        if not self._config_changed:
+            self._config_changed = True
+            self._loop.call_soon_threadsafe(self._tell_config_change)
+        return 0
+
     def _tell_config_change(self) -> None:
-        if self._config_changed:
+        if self._config_changed and self._link is not None:
             self._config_changed = False
             self.on_config_change()
-
-    def _note_config_change(self, message: Message) -> int:
-        self._config_changed = True
-        return 0
 
     # -- loss --------------------------------------------------------------------------
     def _on_link(self, action: Callable[[Link], Result]) -> Result:
@@ -349,7 +350,7 @@ class Frontend:
             bases = [used_index(self._memory, queue) for queue in wanted.queues]
             rings.start(link.client, self._memory, wanted, bases, self._inflight)
             rings.wake(wanted.queues)
-        self._config_changed = agreed.config.succeed(link.client, self._config)
+        self._config_changed |= agreed.config.succeed(link.client, self._config)
         self.features, self._config = agreed.features, agreed.config
 
     def _recovered(self, failure: str) -> None:

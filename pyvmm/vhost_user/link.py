@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import select
 
+from . import rings
 from .channel import Channel
 from .client import Client
 from .messages import ProtocolFeature
-from .notices import Notices
+from .notices import ALL, Notices
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,13 +70,24 @@ class Link:
             self.notices.close()
             self.notices = None
 
+    def stop(self) -> None:
+        """Stop every ring; what the backend asked for by then is done as well, though the loop be busy."""
+        rings.stop(self.client)
+        notices = self.notices
+        if notices is not None:
+            notices.serve(ALL)
+
     def shutdown(self, fault: str = "") -> None:
         """End the connection, from any thread; descriptors stay until `close`.
 
-        `fault` is kept as the reason: a thread that waits for a reply only sees the end.
+        What the backend asks for is not done any more.  `fault` is kept as the reason: a thread that waits
+        for a reply only sees the end.
         """
         self.fault = self.fault or fault
         self.client.channel.shutdown()
+        notices = self.notices
+        if notices is not None:
+            notices.mute()
 
     def close(self) -> None:
         """Close every descriptor."""

@@ -1,4 +1,4 @@
-"""The backend's own requests: served in the event loop's thread, bounded per wake-up.
+"""The backend's own requests: served in the event loop's thread, bounded per wake-up, and at a reset.
 
 It owns the frontend's end of the socket pair of SET_BACKEND_REQ_FD.  A backend may wait
 here for an ack while a virtual CPU waits for the backend on the main connection, so
@@ -11,6 +11,7 @@ from __future__ import annotations
 from time import monotonic
 
 from ..errors import BackendLost
+from ..lean import Lock
 from .channel import close_all, pair
 from .messages import BACKEND_REQUESTS
 from .session import Responder
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     Observe = Callable[[Callable[[Message], int | None], Message], None]
 
 BUDGET = 64  # messages in one wake-up; the loop has other things to do
+ALL = 4096  # more than the socket holds of requests with a descriptor, which are what counts at a reset
 NOT_SUPPORTED = 95  # EOPNOTSUPP, the status of a request that nobody handles
 
 
@@ -38,6 +40,8 @@ class Notices:
         self._handlers = handlers
         self.observe: Observe | None = None  # does what `_handle` does, and looks on
         self.ended = False
+        self._lock = Lock()  # taken for as long as requests are served; a reset may want to, and to end it
+        self._muted = False
 
     def fileno(self) -> int:
         """The descriptor to watch."""
@@ -50,23 +54,29 @@ class Notices:
         finally:
             self._theirs.close()
 
-    def serve(self) -> None:
-        """Handle what has arrived.  `ended` tells that the backend closed its end.
+    def serve(self, most: int = BUDGET) -> None:
+        """Handle what has arrived, in any thread.  `ended` tells that the backend closed its end.
 
         Raises RemoteProtocolError; the connection is of no use afterwards.
         """
-        for _ in range(BUDGET):
-            try:
-                message = self._channel.receive_now(self._responder.decoder)
-            except BackendLost:
-                self.ended = True
-                return
-            if message is None:
-                return
-            if self.observe is None:
-                self._handle(message)
-            else:
-                self.observe(self._handle, message)
+        with self._lock:
+            for _ in range(0 if self._muted else most):
+                try:
+                    message = self._channel.receive_now(self._responder.decoder)
+                except BackendLost:
+                    self.ended = True
+                    return
+                if message is None:
+                    return
+                if self.observe is None:
+                    self._handle(message)
+                else:
+                    self.observe(self._handle, message)
+
+    def mute(self) -> None:
+        """Once this has returned, nothing is done that the backend asks for."""
+        with self._lock:
+            self._muted = True
 
     def _handle(self, message: Message) -> int | None:
         """The status, if an ack was asked for."""
@@ -84,6 +94,7 @@ class Notices:
 
     def close(self) -> None:
         """Close both ends."""
+        self.mute()
         self._responder.decoder.close()
         self._channel.close()
         self._theirs.close()

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 import pytest
@@ -382,6 +384,76 @@ def test_a_reset_unmaps(make: type[Device]) -> None:
     frontend.reset()
     assert not device.map.there
     assert device.ask() == 0
+
+
+@contextmanager
+def busy(device: Device) -> Iterator[None]:
+    """The loop is at something else meanwhile."""
+    begun, go_on = threading.Event(), threading.Event()
+    device.around.loop.call_soon_threadsafe(lambda: (begun.set(), go_on.wait(10)))
+    begun.wait(10)
+    try:
+        yield
+    finally:
+        go_on.set()
+
+
+def test_a_reset_unmaps_what_was_asked_for_before_it(make: type[Device]) -> None:
+    device = make()
+    frontend = device.open()
+    device.start()
+    with busy(device):
+        device.backend.ask("SHMEM_MAP", wish(), [device.fd])
+        frontend.reset()
+        assert not device.map.there
+    assert device.backend.status_told() == 0, "it was done, and undone"
+    assert device.ask() == 0, "there is room in the next life"
+
+
+def test_a_reset_that_fails_leaves_nothing_to_be_mapped_later(make: type[Device]) -> None:
+    device = make(script={"GET_VRING_BASE": fake.silence})
+    frontend = device.open(deadline=0.2)
+    device.start()
+    with busy(device):
+        device.backend.ask("SHMEM_MAP", wish(), [device.fd])
+        frontend.reset()
+    wait_for(device.lost)
+    assert not device.map.there and not frontend.mappings.torn
+
+
+def test_nothing_is_mapped_for_a_connection_that_ended(make: type[Device]) -> None:
+    device = make()
+    frontend = device.open()
+    with busy(device):
+        device.backend.ask("SHMEM_MAP", wish(), [device.fd])
+        link = frontend._link
+        assert link is not None and link.notices is not None
+        link.shutdown()
+        link.notices.serve()
+        assert not device.map.there
+
+
+def test_nonsense_that_a_reset_finds_costs_the_backend(make: type[Device]) -> None:
+    device = make()
+    frontend = device.open()
+    device.start()
+    with busy(device):
+        assert device.backend.requests is not None
+        device.backend.requests.send(b"no message at all", deadline=monotonic() + 5)
+        frontend.reset()
+    wait_for(device.lost)
+
+
+def test_a_change_that_a_reset_finds_is_told(make: type[Device]) -> None:
+    device = make(protocol=OFFER | P.CONFIG)
+    frontend = device.open()
+    told = threading.Event()
+    frontend.on_config_change = told.set
+    device.start()
+    with busy(device):
+        device.backend.ask("CONFIG_CHANGE_MSG")
+        frontend.reset()
+    assert told.wait(10)
 
 
 def test_a_lost_backend_takes_its_mappings_along(make: type[Device]) -> None:
