@@ -36,8 +36,18 @@ from .messages import MAX_FDS
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Protocol
 
     from .codec import Decoder, Message
+
+    class Aside(Protocol):
+        """Another channel, on which the peer may want something before it answers."""
+
+        @property
+        def ended(self) -> bool: ...
+        def fileno(self) -> int: ...
+        def serve(self) -> None: ...
+
 
 RECEIVE_FLAGS = MSG_CMSG_CLOEXEC | MSG_DONTWAIT
 SEND_FLAGS = MSG_NOSIGNAL | MSG_DONTWAIT
@@ -64,14 +74,17 @@ class Channel:
             else:
                 self._wait(select.POLLOUT, deadline, "did not take a message")
 
-    def receive(self, decoder: Decoder, deadline: float) -> Message:
-        """The next whole message, by `deadline`; BackendLost when it does not come."""
+    def receive(self, decoder: Decoder, deadline: float, aside: Aside | None = None) -> Message:
+        """The next whole message, by `deadline`; BackendLost when it does not come.
+
+        What arrives on `aside` is served meanwhile.
+        """
         while True:
             message, more = self._read_some(decoder)
             if message is not None:
                 return message
             if not more:
-                self._wait(select.POLLIN, deadline, "did not answer")
+                self._wait(select.POLLIN, deadline, "did not answer", aside)
 
     def receive_now(self, decoder: Decoder) -> Message | None:
         """A message if one is complete already; what there is of a partial one stays in `decoder`."""
@@ -124,14 +137,18 @@ class Channel:
             raise BackendLost(f"the connection was closed{where}")
         return decoder.feed(data, fds), True
 
-    def _wait(self, events: int, deadline: float, failure: str) -> None:
+    def _wait(self, events: int, deadline: float, failure: str, aside: Aside | None = None) -> None:
         poller = select.poll()
         poller.register(self._socket.fileno(), events)
+        if aside is not None and not aside.ended:
+            poller.register(aside.fileno(), select.POLLIN)
         left = deadline - monotonic()
         with waiting():
-            ready = left > 0 and poller.poll(min(left, LONGEST_WAIT) * 1000)
+            ready = poller.poll(min(left, LONGEST_WAIT) * 1000) if left > 0 else []
         if not ready and left <= LONGEST_WAIT:
             raise BackendLost(f"it {failure} in time")
+        if aside is not None and any(fd == aside.fileno() for fd, _ in ready):
+            aside.serve()
 
 
 def _descriptors(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:

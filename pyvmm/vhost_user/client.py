@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import TypeVar
 
     from ..virtio.queue import QueueSetup
+    from .channel import Aside
     from .codec import Message
     from .payloads import MemRegion, Payload
 
@@ -42,6 +43,7 @@ class Client:
     def __init__(self, channel: Channel, deadline: float) -> None:
         self.channel = channel
         self.deadline = deadline
+        self.aside: Aside | None = None  # served while a reply is awaited
         self.limit = inf  # when the whole of something must be done, monotonic
         self.observe: Observe | None = None  # does what `_converse` does, and looks on
         self.negotiation = Negotiation()
@@ -75,7 +77,7 @@ class Client:
             row = requester.awaiting
             if row is None:
                 return NOTHING, None
-            message = self.channel.receive(requester.decoder, due)
+            message = self.channel.receive(requester.decoder, due, self.aside)
         except RemoteProtocolError as error:
             raise type(error)(f"{name}: {error}") from None
         reply = requester.reply(message)

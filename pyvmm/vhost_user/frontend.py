@@ -121,7 +121,7 @@ class Frontend:
     # -- opening -----------------------------------------------------------------------
     def _open(self, link: Link) -> Agreed:
         try:
-            return self._opening.open(link, self._handlers)
+            agreed = self._opening.open(link, self._handlers)
         except ProtocolError as error:
             link.close()
             known = self._endpoint.explain()
@@ -132,6 +132,8 @@ class Frontend:
         except BaseException:
             link.close()
             raise
+        link.client.aside = None
+        return agreed
 
     # -- start and stop ----------------------------------------------------------------
     def agree(self, features: int) -> bool:
@@ -246,7 +248,7 @@ class Frontend:
         try:
             link.notices.serve()
         except ProtocolError as error:
-            link.shutdown(f"the backend's own request: {error}")
+            link.shutdown(str(error))
             self._hung_up()
             return
         if link.notices.ended:
@@ -329,11 +331,12 @@ class Frontend:
                 self._holder = self._endpoint.holder()
                 link.client.limit = monotonic() + self._deadline  # a virtual CPU may want the lock
                 self._resume(link, agreed)
-                link.client.limit = inf
+                link.client.limit, link.client.aside = inf, None
                 self._link, self._outage = link, monotonic() - self._changed_at
                 self._changed_at = monotonic()
         except BaseException:
             link.close()
+            self.mappings.lose()
             raise
         finally:
             self._candidate = None

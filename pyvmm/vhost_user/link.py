@@ -40,12 +40,16 @@ class Link:
         self._hangup.register(sock.fileno(), select.EPOLLRDHUP)
 
     def open(self, choose: Callable[[int], int], handlers: Mapping[str, Handler]) -> None:
-        """Negotiate, and give the backend a way to ask when BACKEND_REQ is agreed on."""
+        """Negotiate, and give the backend a way to ask when BACKEND_REQ is agreed on.
+
+        Until the loop watches, who waits for an answer serves what the backend asks: it may want that first.
+        """
         self.client.open(choose)
         if self.client.negotiation.has(ProtocolFeature.BACKEND_REQ):
             self.notices = Notices(self.client.negotiation, handlers)
             if self._trace is not None:
                 self.notices.observe = self._trace.notice
+            self.client.aside = self.notices
             self.notices.hand_over(self._send_backend_fd)
 
     def _send_backend_fd(self, fd: int) -> None:

@@ -1,16 +1,17 @@
-"""The backend's own requests: served in the event loop's thread, bounded per wake-up, and at a reset.
+"""The backend's own requests: served in the event loop's thread, bounded per wake-up.
 
 It owns the frontend's end of the socket pair of SET_BACKEND_REQ_FD.  A backend may wait
 here for an ack while a virtual CPU waits for the backend on the main connection, so
-nothing here takes the frontend's lock or blocks.  It must not know what a notice means to
-the device: a handler does, found by the request's name.
+nothing here takes the frontend's lock or blocks.  Others serve where the loop does not: who opens
+a connection, and a reset, which ends what was asked for before it.  It must not know what a
+notice means to the device: a handler does, found by the request's name.
 """
 
 from __future__ import annotations
 
 from time import monotonic
 
-from ..errors import BackendLost
+from ..errors import BackendLost, RemoteProtocolError
 from ..lean import Lock
 from .channel import close_all, pair
 from .messages import BACKEND_REQUESTS
@@ -59,19 +60,28 @@ class Notices:
 
         Raises RemoteProtocolError; the connection is of no use afterwards.
         """
-        with self._lock:
-            for _ in range(0 if self._muted else most):
-                try:
-                    message = self._channel.receive_now(self._responder.decoder)
-                except BackendLost:
-                    self.ended = True
-                    return
-                if message is None:
-                    return
-                if self.observe is None:
-                    self._handle(message)
-                else:
-                    self.observe(self._handle, message)
+        try:
+            with self._lock:
+                for _ in range(0 if self._muted else most):
+                    if not self._serve_one():
+                        break
+        except RemoteProtocolError as error:
+            raise type(error)(f"the backend's own request: {error}") from None
+
+    def _serve_one(self) -> bool:
+        """Whether there may be more."""
+        try:
+            message = self._channel.receive_now(self._responder.decoder)
+        except BackendLost:
+            self.ended = True
+            return False
+        if message is None:
+            return False
+        if self.observe is None:
+            self._handle(message)
+        else:
+            self.observe(self._handle, message)
+        return True
 
     def mute(self) -> None:
         """Once this has returned, nothing is done that the backend asks for."""

@@ -231,7 +231,7 @@ class Peer:
         """Look which request this is."""
         self._asked = HEADER.unpack_from(data)[0]
 
-    def receive(self, decoder: Decoder, deadline: float) -> Message:
+    def receive(self, decoder: Decoder, deadline: float, aside: None = None) -> Message:
         """The next answer, or none."""
         while True:
             if not self._waiting:

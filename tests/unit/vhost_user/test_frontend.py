@@ -410,6 +410,19 @@ def test_config_change_while_a_request_is_served(bench: Bench) -> None:
     assert not bench.lost
 
 
+@pytest.mark.parametrize("name", ["SET_BACKEND_REQ_FD", "GET_QUEUE_NUM", "GET_CONFIG"])
+def test_a_backend_may_want_an_answer_before_the_first_connection_is_open(bench: Bench, name: str) -> None:
+    def ask_first(backend: FakeBackend, message: Any) -> bytes:
+        backend.ask("CONFIG_CHANGE_MSG")
+        assert ack(backend) == 0
+        return backend.answer(message)
+
+    backend = bench.backend(script={name: ask_first})
+    bench.watched(backend)
+    assert backend.error is None
+    until(lambda: bench.changes)
+
+
 def test_a_flood_of_changes_is_coalesced(bench: Bench) -> None:
     backend = bench.backend()
     frontend = bench.frontend(backend)

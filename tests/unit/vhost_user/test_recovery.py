@@ -24,7 +24,7 @@ from pyvmm.vhost_user.codec import Message
 from pyvmm.vhost_user.endpoint import Endpoint, FdEndpoint, ListeningEndpoint
 from pyvmm.vhost_user.frontend import Frontend
 from pyvmm.vhost_user.messages import ProtocolFeature as P
-from pyvmm.vhost_user.payloads import U64, Config, Inflight, VringState
+from pyvmm.vhost_user.payloads import U64, Config, Inflight, Mmap, VringState
 from pyvmm.vhost_user.recovery import FAIL, RECONNECT, STOP
 from pyvmm.vhost_user.trace import Trace
 from pyvmm.virtio.queue import QueueSetup
@@ -249,6 +249,109 @@ def test_a_new_backend_that_fails_at_a_message_is_followed_by_another(
     assert second.names[-1] == name or how == "noise"
     assert payloads(third, "SET_VRING_ENABLE") == [VringState(0, 1), VringState(1, 1)]
     assert "a backend came and cannot be used" in capfd.readouterr().err
+
+
+def asks_first(status: int = 0) -> fake.Action:
+    """A backend that wants an answer to a request of its own before it answers ours."""
+
+    def action(backend: FakeBackend, message: Message) -> bytes:
+        assert backend.status_of("CONFIG_CHANGE_MSG") == status
+        return backend.answer(message)
+
+    return action
+
+
+ASKING = [name for name in MESSAGES if MESSAGES.index(name) >= MESSAGES.index("SET_BACKEND_REQ_FD")]
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_a_new_backend_may_want_an_answer_before_it_gives_one(rig: Rig, name: str) -> None:
+    _, first = rig.running()
+    second = rig.put(script={name: asks_first()})
+    rig.lose(first)
+    rig.until_back()
+    until(lambda: rig.changes)
+    assert second.error is None and len(rig.host.looks) == 1
+
+
+def test_what_a_new_backend_asks_does_not_give_it_more_time(rig: Rig) -> None:
+    def babble(backend: FakeBackend, message: Message) -> bytes:
+        while True:
+            backend.status_of("CONFIG_CHANGE_MSG")
+
+    first = rig.put()
+    rig.start(deadline=SHORT)
+    second = rig.put(script={"GET_QUEUE_NUM": babble})
+    rig.lose(first)
+    begin = monotonic()
+    rig.put()
+    rig.until_back()
+    assert monotonic() - begin < SHORT * 5 and second.error
+
+
+def test_nonsense_from_a_new_backend_in_the_other_direction(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def shout(backend: FakeBackend, message: Message) -> bytes:
+        assert backend.requests is not None
+        backend.requests.send(b"no message at all", deadline=monotonic() + 5)
+        return fake.silence(backend, message)
+
+    _, first = rig.running()
+    rig.put(script={"SET_FEATURES": shout})
+    rig.put()
+    rig.lose(first)
+    rig.until_back()
+    assert "cannot be used: SET_FEATURES: the backend's own request: " in capfd.readouterr().err
+
+
+def test_a_new_backend_may_end_its_requests_early(rig: Rig) -> None:
+    def end(backend: FakeBackend, message: Message) -> bytes:
+        assert backend.requests is not None
+        backend.requests.shutdown()
+        sleep(0.05)
+        return backend.answer(message)
+
+    _, first = rig.running()
+    rig.put(script={"GET_QUEUE_NUM": end})
+    rig.lose(first)
+    rig.until_back()
+    assert len(rig.host.looks) == 1
+
+
+def test_what_a_new_backend_mapped_goes_with_it(rig: Rig) -> None:
+    """It maps before the device is its own, and then it is not fit to have it."""
+    shared: dict[str, Any] = {
+        "protocol": fake.PROTOCOL | P.SHMEM | P.BACKEND_SEND_FD,
+        "shared_memory": {0: 4096},
+    }
+    statuses, there = [], Places()
+
+    def map_first(backend: FakeBackend, message: Message) -> None:
+        backend.fds.append(fd := os.memfd_create("shared"))
+        os.ftruncate(fd, 4096)
+        statuses.append(backend.status_of("SHMEM_MAP", Mmap(0, 0, 0, 4096, 1), [fd]))
+        assert there
+
+    frontend, first = rig.running(**shared)
+    frontend.mappings.attach(there)
+    rig.put(script={"GET_CONFIG": map_first}, **shared)
+    rig.lose(first)
+    until(lambda: statuses and not there)
+    assert statuses == [0] and len(frontend.mappings) == 0
+
+
+class Places(set[tuple[int, int]]):
+    """A mapper that notes where something is."""
+
+    def map(self, shmid: int, offset: int, fd: int, fd_offset: int, length: int, writable: bool) -> None:
+        self.add((shmid, offset))
+
+    def unmap(self, shmid: int, offset: int) -> None:
+        self.remove((shmid, offset))
+
+    def intact(self, shmid: int, offset: int) -> bool:
+        return True
 
 
 UNFIT = {
