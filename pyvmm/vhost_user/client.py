@@ -7,7 +7,6 @@ must not know what the device is: that is the frontend's.
 
 from __future__ import annotations
 
-from math import inf
 from time import monotonic
 
 from ..errors import BackendLost, RemoteProtocolError
@@ -44,7 +43,6 @@ class Client:
         self.channel = channel
         self.deadline = deadline
         self.aside: Aside | None = None  # served while a reply is awaited
-        self.limit = inf  # when the whole of something must be done, monotonic
         self.observe: Observe | None = None  # does what `_converse` does, and looks on
         self.negotiation = Negotiation()
         self.started = False  # the device runs, or may do so
@@ -71,7 +69,7 @@ class Client:
     def _converse(self, name: str, payload: Payload, fds: Sequence[int]) -> Exchange:
         requester = self._requester
         data = requester.request(name, payload, len(fds))
-        due = min(monotonic() + self.deadline, self.limit)
+        due = monotonic() + self.deadline
         try:
             self.channel.send(data, fds, due)
             row = requester.awaiting

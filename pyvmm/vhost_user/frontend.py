@@ -7,21 +7,21 @@ the device is comes in as data (`kind`); it must not know about PCI, registers o
 
 from __future__ import annotations
 
-from math import inf
 from time import monotonic
 
 from .. import log
-from ..errors import BackendLost, ConfigError, ProtocolError, RemoteProtocolError
+from ..errors import BackendLost, ProtocolError, RemoteProtocolError
 from ..lean import Lock
 from . import rings
+from .attempt import Attempt
 from .client import Refusal
 from .endpoint import endpoint
 from .inflight import InflightBuffer
 from .link import Link
 from .memory import MemoryTable
 from .opening import Agreed, Opening
-from .progress import moved, obstacle, used_index
-from .recovery import FAIL, RECONNECT, STOP, Recovery
+from .progress import moved, obstacle
+from .recovery import FAIL, RECONNECT, STOP, Abandoned, Recovery
 from .rings import Wanted
 from .shared_memory import SharedMemory
 
@@ -95,13 +95,14 @@ class Frontend:
         self._lost = ""
         self._on_loss = on_loss
         self._retired: Link | None = None
-        self._candidate: Link | None = None
+        self._attempt: Attempt | None = None
         self._ending = self._given_up = self._worked = False
         self._stranded = ""
         self._changed_at, self._outage = monotonic(), 0.0
         self._config_changed = False
         self._accepted = 0  # by the driver
         self._wanted: Wanted | None = None
+        self._writes = 0  # to the configuration space
         packed = on_loss != RECONNECT  # nobody has to go on with them
         self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges), packed)
         self._opening.greet = greet or _nothing
@@ -112,28 +113,11 @@ class Frontend:
         self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline, trace)
         self._holder = self._endpoint.holder()  # who got guest memory last, if it is a process of ours
         self._handlers: dict[str, Handler] = {"CONFIG_CHANGE_MSG": self._note_config_change}
-        agreed = self._open(self._link)
+        agreed = self._opening.first(self._link, self._handlers, self._endpoint)
         self.shared_memory = agreed.shared_memory
         self.mappings = SharedMemory(self.name, agreed.shared_memory, self._memory_broke)
         self._handlers.update(self.mappings.handlers)
         self.features, self._config, self.config_size = agreed.features, agreed.config, agreed.config.size
-
-    # -- opening -----------------------------------------------------------------------
-    def _open(self, link: Link) -> Agreed:
-        try:
-            agreed = self._opening.open(link, self._handlers)
-        except ProtocolError as error:
-            link.close()
-            known = self._endpoint.explain()
-            raise ConfigError(
-                f"{self.name}: no vhost-user dialogue with {self._endpoint.name}: "
-                f"{error}{known or '; is a vhost-user backend there?'}"
-            ) from None
-        except BaseException:
-            link.close()
-            raise
-        link.client.aside = None
-        return agreed
 
     # -- start and stop ----------------------------------------------------------------
     def agree(self, features: int) -> bool:
@@ -152,6 +136,7 @@ class Frontend:
         is lost for good.
         """
         with self._lock:
+            self._abandon()
             self._accepted, self._wanted = features, Wanted(features, tuple(queues))
             self._carry_out(self._start)
 
@@ -162,6 +147,7 @@ class Frontend:
         Guest memory cannot be taken away from somebody else's: whoever runs that has to end it.
         """
         with self._lock:
+            self._abandon()
             self._accepted, self._wanted, self._stranded = 0, None, ""
             try:
                 self._on_link(Link.stop)
@@ -171,9 +157,10 @@ class Frontend:
             self._config.written.clear()
             self.mappings.clear()
             lost = self._link is None and not self._ending  # a process gets its time to end in order then
-        if lost and self._holder is not None and not self._holder.ended():
+            holder = self._holder if lost else None
+        if holder is not None and not holder.ended():
             log.warn(f"{self.name}: the lost backend is killed, lest it write to the guest's memory later")
-            if not self._holder.destroy(DEATH):
+            if not holder.destroy(DEATH):
                 log.warn(f"{self.name}: it does not end within {DEATH:g} s, and may write to memory later")
 
     def set_call(self, index: int, fd: int | None) -> None:
@@ -210,6 +197,7 @@ class Frontend:
         """Hand a driver's write on."""
         with self._lock:
             self._config.keep(offset, data)
+            self._writes += 1
             try:
                 self._on_link(lambda link: self._write_config(link, offset, data))
             except ProtocolError as error:
@@ -322,39 +310,49 @@ class Frontend:
     # -- recovery ----------------------------------------------------------------------
     def _restore(self, sock: socket) -> None:
         """Make the device of a new connection, in a thread of its own; raises what is wrong with it."""
-        link = self._candidate = Link(sock, self._deadline, self._trace)
+        attempt = self._attempt = Attempt(Link(sock, self._deadline, self._trace), self._inflight)
         try:
             if self._ending:
                 raise BackendLost(self._lost)
-            agreed = self._opening.open(link, self._handlers)
-            with self._lock:
-                self._holder = self._endpoint.holder()
-                link.client.limit = monotonic() + self._deadline  # a virtual CPU may want the lock
-                self._resume(link, agreed)
-                link.client.limit, link.client.aside = inf, None
-                self._link, self._outage = link, monotonic() - self._changed_at
-                self._changed_at = monotonic()
+            attempt.agreed = self._opening.open(attempt.link, self._handlers)
+            while not self._adopt(attempt):
+                attempt.follow(self._memory)
         except BaseException:
-            link.close()
+            with self._lock:
+                self._attempt = None
+            attempt.close()
+            if attempt.abandoned:
+                raise Abandoned from None
             self.mappings.lose()
             raise
-        finally:
-            self._candidate = None
 
-    def _resume(self, link: Link, agreed: Agreed) -> None:
-        """Go on where the lost backend stopped, with what the driver wants by now."""
-        wanted = self._wanted
-        self._opening.check(agreed, Agreed(self._accepted, self._config, self.shared_memory))
-        if wanted is not None:
-            self._stranded = obstacle(self._memory, wanted, self._inflight.held, self.mappings.torn)
-        if self._stranded:  # until a reset, however many backends come by then
-            self._wanted = None
-        elif wanted is not None:
-            bases = [used_index(self._memory, queue) for queue in wanted.queues]
-            rings.start(link.client, self._memory, wanted, bases, self._inflight)
-            rings.wake(wanted.queues)
-        self._config_changed |= agreed.config.succeed(link.client, self._config)
-        self.features, self._config = agreed.features, agreed.config
+    def _adopt(self, attempt: Attempt) -> bool:
+        """Make the attempt's backend the device's, if it has been told all that the driver wants by now."""
+        with self._lock:
+            if attempt.abandoned:
+                raise Abandoned
+            self._opening.check(attempt.agreed, Agreed(self._accepted, self._config, self.shared_memory))
+            if self._wanted is not None and not attempt.started:
+                tracked, torn = self._inflight.held, self.mappings.torn
+                self._stranded = obstacle(self._memory, self._wanted, tracked, torn)
+            if self._stranded:  # until a reset, however many backends come by then
+                self._wanted = None
+            news = attempt.aim(self._memory, self._wanted, self._config, self._writes)
+            if attempt.started or not news:
+                self._holder = self._endpoint.holder()
+            if news:
+                return False
+            self._attempt, self._link = None, attempt.hand_over(self._config)
+            self.features, self._config = attempt.agreed.features, attempt.agreed.config
+            self._config_changed |= attempt.changed
+            self._changed_at, self._outage = monotonic(), monotonic() - self._changed_at
+            return True
+
+    def _abandon(self) -> None:
+        """The rings that a backend on its way was told of are the driver's no more; the lock is held."""
+        if self._attempt is not None and self._attempt.started and not self._attempt.abandoned:
+            self._attempt.abandon()
+            self._inflight = self._inflight.another()
 
     def _recovered(self, failure: str) -> None:
         if failure:
@@ -374,7 +372,8 @@ class Frontend:
     def interrupt(self) -> None:
         """Wake a thread that waits for the backend; the backend is lost then, for the machine ends."""
         self._ending = True
-        for link in (self._link, self._retired, self._candidate):
+        attempt = self._attempt
+        for link in (self._link, self._retired, attempt.link if attempt is not None else None):
             if link is not None:
                 link.shutdown("the machine ends")
 

@@ -26,6 +26,7 @@ class InflightBuffer:
     """Holds the buffer of one device of `queues` queues, the largest with `queue_size` descriptors."""
 
     def __init__(self, queues: int, queue_size: int) -> None:
+        self._shape = queues, queue_size
         self._asked = Inflight(0, 0, queues, queue_size)
         self._payload = self._asked
         self._fd = -1
@@ -62,6 +63,10 @@ class InflightBuffer:
                 os.close(fd)
             raise RemoteProtocolError(f"GET_INFLIGHT_FD: the buffer {problem}")
         self._payload, self._fd = payload, fds[0]
+
+    def another(self) -> InflightBuffer:
+        """One for the device's next life, while this one is still in use."""
+        return InflightBuffer(*self._shape)
 
     def drop(self) -> None:
         """Forget the buffer: the driver has reset the device.  Harmless when there is none."""

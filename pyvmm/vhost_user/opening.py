@@ -8,7 +8,7 @@ connection, and must not know how the device is started or what a driver has don
 from __future__ import annotations
 
 from .. import log
-from ..errors import ConfigError
+from ..errors import ConfigError, ProtocolError
 from ..record import Record
 from ..virtio import spec
 from .config_space import BackendConfig, LocalConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Protocol
 
     from .client import Client
+    from .endpoint import Endpoint
     from .link import Link
     from .notices import Handler
 
@@ -122,6 +123,23 @@ class Opening:
                 raise ConfigError(
                     f"{self.name}: queue size {size}; it must be a power of two up to {MAX_QUEUE_SIZE}"
                 )
+
+    def first(self, link: Link, handlers: Mapping[str, Handler], endpoint: Endpoint) -> Agreed:
+        """`open` for the connection with which the device begins: a ConfigError is all that it raises."""
+        try:
+            agreed = self.open(link, handlers)
+        except ProtocolError as error:
+            link.close()
+            known = endpoint.explain()
+            raise ConfigError(
+                f"{self.name}: no vhost-user dialogue with {endpoint.name}: "
+                f"{error}{known or '; is a vhost-user backend there?'}"
+            ) from None
+        except BaseException:
+            link.close()
+            raise
+        link.client.aside = None
+        return agreed
 
     def open(self, link: Link, handlers: Mapping[str, Handler]) -> Agreed:
         """Negotiate.  Raises ProtocolError, and Unfit for a backend that does not fit."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from time import monotonic
 
 from .. import log
-from ..errors import ConfigError, LocalProtocolError, ProtocolError
+from ..errors import BackendLost, ConfigError, LocalProtocolError, ProtocolError
 from ..lean import Thread
 from .opening import Unfit
 
@@ -27,6 +27,10 @@ RECONNECT, STOP, FAIL = "reconnect", "stop", "fail"
 POLICIES = (RECONNECT, STOP, FAIL)
 
 FIRST_PAUSE = 0.05  # seconds between two attempts, doubling up to the endpoint's `longest_pause`
+
+
+class Abandoned(BackendLost):
+    """The driver began anew while a backend was told of what it wanted before: nothing is wrong with that."""
 
 
 class Recovery:
@@ -118,6 +122,9 @@ class Recovery:
             return
         if failure is None:
             self._ended("")
+            return
+        if isinstance(failure, Abandoned):
+            self._schedule()
             return
         known = self._endpoint.explain()
         self._tell(known or str(failure), f"a backend came and cannot be used: {failure}{known}")

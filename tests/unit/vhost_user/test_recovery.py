@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
@@ -513,22 +514,148 @@ def test_a_backend_that_dies_while_it_is_started(rig: Rig) -> None:
     assert payloads(second, "SET_VRING_ENABLE") == [VringState(0, 1), VringState(1, 1)]
 
 
-def test_a_silent_new_backend_holds_nobody_up_for_longer_than_the_deadline(rig: Rig) -> None:
+class Gate:
+    """An action that waits until it is opened, or for long."""
+
+    def __init__(self) -> None:
+        self._reached, self._open = threading.Event(), threading.Event()
+
+    def __call__(self, backend: FakeBackend, message: Message) -> bytes:
+        self._reached.set()
+        self._open.wait(30)
+        return backend.answer(message)
+
+    @contextmanager
+    def reached(self) -> Iterator[None]:
+        """While the backend waits there."""
+        assert self._reached.wait(10)
+        yield
+        self._open.set()
+
+
+LONG = 60.0  # seconds: a deadline for which nobody waits
+
+
+def test_a_new_backend_has_the_deadline_for_each_answer(rig: Rig) -> None:
+    def slow(backend: FakeBackend, message: Message) -> bytes:
+        sleep(SHORT * 0.3)
+        return backend.answer(message)
+
     first = rig.put()
     frontend = rig.start(deadline=SHORT)
     frontend.activate(FEATURES, rig.queues())
-
-    def slow(backend: FakeBackend, message: Message) -> bytes:
-        sleep(SHORT * 0.4)
-        return backend.answer(message)
-
-    second = rig.put(script=dict.fromkeys(MESSAGES[MESSAGES.index("SET_FEATURES") :], slow))
+    rig.put(script=dict.fromkeys(MESSAGES, slow))
     rig.lose(first)
-    until(lambda: "SET_FEATURES" in second.names)
+    rig.until_back()
+    assert len(rig.host.looks) == 1
+
+
+def test_nobody_waits_for_a_silent_new_backend(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start(deadline=LONG)
+    frontend.activate(FEATURES, rig.queues())
+    second = rig.put(script={"SET_VRING_ADDR": fake.silence})
+    rig.lose(first)
+    until(lambda: "SET_VRING_ADDR" in second.names)
     begin = monotonic()
     assert frontend.read_config(0, 1) == b"\0"
+    frontend.write_config(0, b"x")
+    frontend.set_call(0, rig.eventfds[4])
     frontend.reset()
-    assert monotonic() - begin < SHORT * 3, "many slow answers are late together"
+    frontend.activate(FEATURES, rig.queues())
+    third = rig.put()
+    rig.until_back()
+    assert monotonic() - begin < LONG / 4
+    assert not second._thread.is_alive(), "the reset has ended that dialogue"
+    assert "GET_INFLIGHT_FD" in third.names, "the buffer is the previous life's"
+    assert payloads(third, "SET_VRING_BASE") == [VringState(0, 0), VringState(1, 0)]
+
+
+def test_a_start_anew_is_not_told_as_a_fault_of_the_backend(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rig.host.same_again = True
+    frontend, first = rig.running()
+    gate = Gate()
+    rig.put(script={"SET_VRING_ENABLE": gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.reset()
+        rig.put()
+        rig.until_back()
+    assert "cannot be used" not in capfd.readouterr().err
+
+
+def test_what_the_driver_does_while_a_new_backend_is_told_is_told_next(rig: Rig) -> None:
+    frontend, first = rig.running()
+    frontend.write_config(2, b"w")
+    gate = Gate()
+    second = rig.put(script={("SET_VRING_KICK", 1): gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.set_call(0, rig.eventfds[4])
+        frontend.write_config(5, b"xy")
+        assert frontend.read_config(4, 4) == b"\4xy\7" and not signalled(rig.eventfds[4])
+    rig.until_back()
+    assert [name for name in second.names if name == "SET_VRING_CALL"] == ["SET_VRING_CALL"] * 3
+    assert second.config[2:7] == b"w\3\4xy"
+    assert signalled(rig.eventfds[4])
+    assert frontend.read_config(4, 4) == b"\4xy\7" and not rig.changes
+
+
+def test_a_device_that_is_started_while_a_new_backend_is_told_what_was_written(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start()
+    frontend.write_config(2, b"w")
+    gate = Gate()
+    second = rig.put(script={"SET_CONFIG": gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.activate(FEATURES, rig.queues()[:1])
+        assert not signalled(rig.eventfds[0])
+    rig.until_back()
+    assert payloads(second, "SET_VRING_ENABLE") == [VringState(0, 1)] and len(rig.host.looks) == 1
+
+
+def test_a_reset_lets_a_new_backend_go_on_that_knows_no_rings(rig: Rig) -> None:
+    frontend, first = rig.running()
+    gate = Gate()
+    second = rig.put(script={"GET_QUEUE_NUM": gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.reset()
+    rig.until_back()
+    assert "SET_FEATURES" not in second.names and len(rig.host.looks) == 1
+
+
+def test_a_reset_forgets_what_was_written_while_a_new_backend_is_told_of_it(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start()
+    frontend.write_config(2, b"w")
+    gate = Gate()
+    second = rig.put(script={"SET_CONFIG": gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.reset()
+    rig.until_back()
+    third = rig.put()
+    rig.lose(second)
+    rig.until_back(2)
+    assert "SET_CONFIG" not in third.names
+
+
+def test_features_that_the_driver_settles_on_while_a_new_backend_comes(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start()
+    frontend.write_config(2, b"w")
+    gate = Gate()
+    rig.put(virtio=fake.VIRTIO & ~1, script={"SET_CONFIG": gate})
+    rig.lose(first)
+    with gate.reached():
+        assert frontend.agree(FEATURES)
+    third = rig.put()
+    rig.until_back()
+    assert "SET_CONFIG" in third.names
 
 
 # -- who has guest memory ----------------------------------------------------------
@@ -577,8 +704,58 @@ def test_the_one_that_got_memory_last_is_killed(rig: Rig) -> None:
     rig.lose(first)
     until(lambda: not second._thread.is_alive())
     rig.host.process = fresh = Process()
-    third = rig.put(script={"GET_QUEUE_NUM": fake.silence})
-    until(lambda: "GET_QUEUE_NUM" in third.names)
+    gate = Gate()
+    rig.put(script={"GET_QUEUE_NUM": gate})
+    with gate.reached():
+        frontend.reset()
+        assert process.killed and not fresh.killed
+
+
+def test_one_that_is_told_of_the_rings_is_killed_at_a_reset(rig: Rig) -> None:
+    frontend, first = rig.running()
+    process = rig.host.process = Process()
+    gate = Gate()
+    rig.put(script={"SET_VRING_KICK": gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.reset()
+        assert process.killed
+
+
+def test_one_that_knows_no_rings_lives_on(rig: Rig) -> None:
+    first = rig.put()
+    frontend = rig.start()
+    frontend.write_config(2, b"w")
+    process = rig.host.process = Process()
+    gate = Gate()
+    rig.put(script={"SET_CONFIG": gate})
+    rig.lose(first)
+    with gate.reached():
+        frontend.reset()
+    rig.until_back()
+    assert not process.killed
+
+
+def test_one_that_comes_during_a_reset_lives_on(rig: Rig) -> None:
+    class Slow(Process):
+        def ended(self) -> bool:
+            if not self.killed and len(rig.backends) == 2:
+                go_on.set()
+                rig.until_back()
+            return super().ended()
+
+    go_on = threading.Event()
+    process = rig.host.process = Slow()
+    frontend, first = rig.running()
+
+    def wait(backend: FakeBackend, message: Message) -> bytes:
+        go_on.wait(10)
+        return backend.answer(message)
+
+    second = rig.put(script={"GET_QUEUE_NUM": wait})
+    rig.host.process = fresh = Process()
+    rig.lose(first)
+    until(lambda: "GET_QUEUE_NUM" in second.names)
     frontend.reset()
     assert process.killed and not fresh.killed
 
