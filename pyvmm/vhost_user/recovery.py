@@ -112,6 +112,8 @@ class Recovery:
             self._restore(sock)
         except (ProtocolError, ConfigError, OSError) as error:
             failure = error
+        except Exception as error:  # a fault of ours must not be the silent end of looking for others
+            failure = _told_in_full(error)
         self._loop.call_soon_threadsafe(lambda: self._attempted(failure))
 
     def _attempted(self, failure: Exception | None) -> None:
@@ -146,3 +148,12 @@ class Recovery:
             self._ended(f"none came back within {self._patience:g} s")
         else:
             self._schedule()
+
+
+def _told_in_full(error: Exception) -> Exception:
+    """The same with its name for the user, and where it came from for those who asked for detail."""
+    if log.level >= log.DEBUG:
+        from traceback import format_exception
+
+        log.debug("".join(format_exception(error)))
+    return Exception(f"{type(error).__name__}: {error}")

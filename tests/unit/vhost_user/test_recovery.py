@@ -20,6 +20,7 @@ import pytest
 from fakes import backend as fake
 from fakes.backend import FakeBackend, FakeKind, Surroundings, no_new_fds
 
+from pyvmm import log
 from pyvmm.errors import BackendLost, ConfigError, RemoteProtocolError
 from pyvmm.vhost_user.codec import Message
 from pyvmm.vhost_user.endpoint import Endpoint, FdEndpoint, ListeningEndpoint
@@ -896,6 +897,29 @@ def test_absurd_inflight_buffers_cost_the_device(rig: Rig, case: str) -> None:
 def test_a_backend_may_have_no_memory_for_a_buffer(rig: Rig) -> None:
     _, first = rig.running(script={"GET_INFLIGHT_FD": buffer(0, fds=0)})
     assert "SET_INFLIGHT_FD" not in first.names and "SET_VRING_ENABLE" in first.names
+
+
+@pytest.mark.parametrize("detail", [False, True])
+def test_a_fault_of_ours_is_told_and_another_backend_looked_for(
+    rig: Rig, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, detail: bool
+) -> None:
+    monkeypatch.setattr(log, "level", log.DEBUG if detail else log.WARN)
+    frontend, first = rig.running()
+    opening, failures = frontend._opening.open, iter([KeyError("what"), KeyError("what")])
+
+    def fail(*arguments: Any) -> Any:
+        for error in failures:
+            raise error
+        return opening(*arguments)
+
+    monkeypatch.setattr(frontend._opening, "open", fail)
+    for _ in range(3):
+        rig.put()
+    rig.lose(first)
+    rig.until_back()
+    errors = capfd.readouterr().err
+    assert errors.count("dev: a backend came and cannot be used: KeyError: 'what'") == 1
+    assert ("in fail" in errors) == detail
 
 
 # -- many losses, and the end ------------------------------------------------------
