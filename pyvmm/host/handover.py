@@ -150,11 +150,11 @@ class BackendProcess:
         sock, self._waiting = self._waiting, None
         return sock
 
-    def explain(self) -> str:
-        """How the process ended and the last line that it printed."""
+    def explain(self, patience: float = DEATH) -> str:
+        """How the process ended, which it has so many seconds for, and the last line that it printed."""
         if self.child.pidfd < 0:
             return ""
-        status = self.child.wait(DEATH)
+        status = self.child.wait(patience)
         words = self.child.last_words()
         end = f"it ended with status {status}" if status is not None else "it still runs"
         return f" ({end}: {words})" if words else f" ({end})"
@@ -245,6 +245,20 @@ class StartedEndpoint(Endpoint):
 
     def explain(self) -> str:
         return self.process.explain()
+
+    def explain_later(self, loop: EventLoop, then: Callable[[str], None]) -> None:
+        process, child = self.process, self.process.child
+        if child.ended():
+            then(process.explain(0))
+            return
+
+        def known() -> None:
+            late.cancel()
+            loop.remove_reader(child.pidfd)
+            then(process.explain(0))
+
+        late = loop.call_later(DEATH, known)
+        loop.add_reader(child.pidfd, known)
 
 
 class ForkedEndpoint(Endpoint):

@@ -65,8 +65,12 @@ class Endpoint:
         """Whatever a backend of ours prints is passed on in the thread of `loop`."""
 
     def explain(self) -> str:
-        """What is known about why the backend went away, or nothing."""
+        """What is known about why the backend went away, or nothing; may wait a moment for its end."""
         return ""
+
+    def explain_later(self, loop: EventLoop, then: Callable[[str], None]) -> None:
+        """The same for the thread of `loop`, which goes on meanwhile: `then` gets the words, or none."""
+        then("")
 
 
 class PathEndpoint(Endpoint):

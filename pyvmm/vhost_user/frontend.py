@@ -92,17 +92,14 @@ class Frontend:
         self.on_back: Callable[[], None] = _nothing
         self._loop, self._deadline = loop, deadline
         self._lock = Lock()
-        self._lost = ""
-        self._on_loss = on_loss
+        self._on_loss, self._replaced = on_loss, on_loss == RECONNECT and not self._endpoint.final
         self._retired: Link | None = None
         self._attempt: Attempt | None = None
-        self._ending = self._given_up = self._worked = False
-        self._stranded = ""
+        self._lost = self._stranded = ""
+        self._ending = self._given_up = self._worked = self._config_changed = False
         self._changed_at, self._outage = monotonic(), 0.0
-        self._config_changed = False
-        self._accepted = 0  # by the driver
+        self._accepted = self._writes = 0  # features; how often the driver wrote to the configuration space
         self._wanted: Wanted | None = None
-        self._writes = 0  # to the configuration space
         packed = on_loss != RECONNECT  # nobody has to go on with them
         self._opening = Opening(self.name, kind, queue_sizes, config, force, len(ram.ranges), packed)
         self._opening.greet = greet or _nothing
@@ -218,8 +215,7 @@ class Frontend:
     # -- the event loop's side ---------------------------------------------------------
     def start_watching(self) -> None:
         """Notice from now on, in the loop's thread, when the backend ends or asks."""
-        link = self._link
-        if link is not None:
+        if (link := self._link) is not None:
             link.watch(self._loop, self._hung_up, self._noticed)
 
     def _hung_up(self) -> None:
@@ -275,7 +271,7 @@ class Frontend:
         try:
             self._on_link(action)
         except RemoteProtocolError:
-            if self._on_loss != RECONNECT or self._endpoint.final or self._given_up:
+            if not self._replaced or self._given_up:
                 raise
 
     def _lose(self, link: Link, reason: str) -> None:
@@ -294,13 +290,20 @@ class Frontend:
             return
         link.unwatch(self._loop)
         link.close()
-        self._lost += self._endpoint.explain()
         self.mappings.lose()
+        if self._replaced:
+            self.on_away()
+        self._endpoint.explain_later(self._loop, self._take_loss)
+
+    def _take_loss(self, known: str) -> None:
+        """Do what is to be done about it; `known` is what the backend's end tells of the reason."""
+        self._lost += known
+        if self._ending:
+            return
         if self._on_loss == STOP:
             raise BackendLost(f"{self.name}: the backend is lost: {self._lost} (--on-backend-loss stop)")
-        if self._on_loss == RECONNECT and not self._endpoint.final:
+        if self._replaced:
             log.warn(f"{self.name}: the backend is lost: {self._lost}; reconnecting")
-            self.on_away()
             self._recovery.begin(self._worked)
             return
         if self._on_loss == RECONNECT:
@@ -333,8 +336,8 @@ class Frontend:
                 raise Abandoned
             self._opening.check(attempt.agreed, Agreed(self._accepted, self._config, self.shared_memory))
             if self._wanted is not None and not attempt.started:
-                tracked, torn = self._inflight.held, self.mappings.torn
-                self._stranded = obstacle(self._memory, self._wanted, tracked, torn)
+                tracked = self._inflight.held
+                self._stranded = obstacle(self._memory, self._wanted, tracked, self.mappings.torn)
             if self._stranded:  # until a reset, however many backends come by then
                 self._wanted = None
             news = attempt.aim(self._memory, self._wanted, self._config, self._writes)

@@ -128,9 +128,12 @@ class Recovery:
         if isinstance(failure, Abandoned):
             self._schedule()
             return
-        known = self._endpoint.explain()
-        self._tell(known or str(failure), f"a backend came and cannot be used: {failure}{known}")
-        self._failed(failure)
+        self._endpoint.explain_later(self._loop, lambda known: self._refused(failure, known))
+
+    def _refused(self, failure: Exception, known: str) -> None:
+        if not self._cancelled:
+            self._tell(known or str(failure), f"a backend came and cannot be used: {failure}{known}")
+            self._failed(failure)
 
     def _tell(self, reason: str, text: str) -> None:
         """Each reason once, until a backend has worked again."""

@@ -22,6 +22,7 @@ from fakes.backend import FakeBackend, FakeKind, Surroundings, no_new_fds
 
 from pyvmm import log
 from pyvmm.errors import BackendLost, ConfigError, RemoteProtocolError
+from pyvmm.loop import EventLoop
 from pyvmm.vhost_user.codec import Message
 from pyvmm.vhost_user.endpoint import Endpoint, FdEndpoint, ListeningEndpoint
 from pyvmm.vhost_user.frontend import Frontend
@@ -57,6 +58,7 @@ class Host(Endpoint):
     """Where one backend after the other answers, as a test puts them there."""
 
     process: Any = None  # whoever holds the latest connection
+    explaining: list[Callable[[str], None]] | None = None  # who waits for the reason, where it takes time
 
     def __init__(self, *backends: FakeBackend) -> None:
         super().__init__("backend")
@@ -68,6 +70,12 @@ class Host(Endpoint):
 
     def holder(self) -> Any:
         return self.process
+
+    def explain_later(self, loop: EventLoop, then: Callable[[str], None]) -> None:
+        if self.explaining is None:
+            super().explain_later(loop, then)
+        else:
+            self.explaining.append(then)
 
     def reconnect(self) -> socket.socket | None:
         self.looks.append(monotonic())
@@ -920,6 +928,56 @@ def test_a_fault_of_ours_is_told_and_another_backend_looked_for(
     errors = capfd.readouterr().err
     assert errors.count("dev: a backend came and cannot be used: KeyError: 'what'") == 1
     assert ("in fail" in errors) == detail
+
+
+# -- reasons that take a moment to be known ----------------------------------------
+
+
+def test_the_driver_is_told_of_a_loss_before_the_reason_is_known(
+    rig: Rig, capfd: pytest.CaptureFixture[str]
+) -> None:
+    explaining = rig.host.explaining = []
+    _, first = rig.running()
+    rig.put(script={"GET_FEATURES": fake.hang_up})
+    rig.lose(first)
+    until(lambda: explaining)
+    assert rig.told == ["away"] and not rig.host.looks
+    assert "is lost" not in capfd.readouterr().err
+    rig.around.loop.call_soon_threadsafe(lambda: explaining.pop()(" (of hunger)"))
+    until(lambda: rig.host.looks and explaining)
+    rig.put()
+    assert "dev: the backend is lost: the backend closed the connection (of hunger)" in capfd.readouterr().err
+    rig.around.loop.call_soon_threadsafe(lambda: explaining.pop()(" (of thirst)"))
+    rig.until_back()
+    assert "cannot be used: GET_FEATURES: the connection was closed (of thirst)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("policy", [FAIL, STOP, RECONNECT])
+def test_a_reason_that_comes_after_the_end(rig: Rig, policy: str) -> None:
+    explaining = rig.host.explaining = []
+    first = rig.put()
+    frontend = rig.start(on_loss=policy)
+    first.channel.shutdown()
+    until(lambda: explaining)
+    rig.around.stop()
+    frontend.close()
+    explaining.pop()(" (of age)")
+    assert rig.told == ["away"] * (policy == RECONNECT) and not rig.host.looks
+
+
+def test_a_reason_for_a_refusal_that_comes_after_the_end(rig: Rig) -> None:
+    _, first = rig.running()
+    rig.put(script={"SET_OWNER": fake.hang_up})
+    explaining = rig.host.explaining = []
+    rig.lose(first)
+    until(lambda: explaining)
+    rig.around.loop.call_soon_threadsafe(lambda: explaining.pop()(""))
+    until(lambda: rig.host.looks and explaining)
+    rig.around.stop()
+    assert rig.frontend is not None
+    rig.frontend.close()
+    explaining.pop()(" (of age)")
+    assert rig.told == ["away"] and len(rig.host.looks) == 1
 
 
 # -- many losses, and the end ------------------------------------------------------
