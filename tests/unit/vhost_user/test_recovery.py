@@ -150,6 +150,14 @@ class Rig:
     def until_back(self, times: int = 1) -> None:
         until(lambda: self.told.count("back") == times)
 
+    def until_reconnected(self) -> None:
+        """A new backend is the device's, whether it does anything or not, and that has been told."""
+        frontend, told = self.frontend, threading.Event()
+        assert frontend is not None
+        until(lambda: frontend._link is not None and frontend._recovery._thread is None)
+        self.around.loop.call_soon_threadsafe(told.set)
+        assert told.wait(10)
+
     def close(self) -> None:
         self.around.stop()
         if self.frontend is not None:
@@ -818,9 +826,10 @@ def test_the_device_is_started_only_if_it_is_known_what_is_left(
     rig.rings(1, made, used)
     second = rig.put(protocol=NO_TRACKING)
     rig.lose(first)
-    until(lambda: "reconnected" in capfd.readouterr().err)
+    rig.until_reconnected()
+    assert ("the device waits until the guest resets it" in capfd.readouterr().err) != known
     if known:
-        rig.until_back()
+        assert rig.told == ["away", "back"]
         assert VringState(1, len(used) & 0xFFFF) in payloads(second, "SET_VRING_BASE")
         return
     assert "SET_VRING_KICK" not in second.names and rig.told == ["away"]
@@ -838,7 +847,8 @@ def test_a_device_that_waits_for_its_reset_does_so_over_further_losses(
     for _ in range(2):
         rig.lose(backend)
         backend = rig.put(protocol=NO_TRACKING)
-        until(lambda: "the device waits until the guest resets it" in capfd.readouterr().err)
+        rig.until_reconnected()
+        assert "the device waits until the guest resets it" in capfd.readouterr().err
     assert "SET_FEATURES" not in backend.names and rig.told == ["away", "away"]
     frontend.reset()
     rig.rings(1, [], [])
