@@ -22,12 +22,14 @@ EXPECTED_SKIPS = (
 
 
 def pytest_configure() -> None:
-    """Under `nohup` every program started here would ignore hang-ups, and tests send them.
+    """Under `nohup`, and behind a script's `&`, programs started here would ignore what tests send them.
 
     A handler, unlike SIG_IGN, is not handed down.
     """
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         signal.signal(signal.SIGHUP, lambda *_: None)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(wrapper=True)
