@@ -22,6 +22,7 @@ from guest.devices import rows
 from guest.devices.ends import NO_STEPS, STEPS
 from guest.devices.place import LIMIT, Place, find_program, why_not
 from guest.devices.rows import Row
+from guest.emulated import page_faults_by_kvm
 
 SHARE = "/mnt/results"
 CPUS = {"queues": 4}  # a disk has no more queues in use than CPUs; the lab is slow with more than one
@@ -70,18 +71,19 @@ class Boot:
                 self._start_backend(place)
             machine = self._start_machine()
             threads = [self._talk(place, machine) for place in self.places]
-            refetched = 0
+            faults = 0
             try:
                 status: int | str = machine.wait(LIMIT)
             except subprocess.TimeoutExpired:
-                refetched = page_faults_by_kvm()
+                faults = page_faults_by_kvm()
                 machine.terminate()
                 status = f"ended after {LIMIT} s; {machine.wait(30)}"
             for thread in threads:
                 thread.join(5)
         finally:
             self._end()
-        self.outcome["machine"] = {"status": status, "log": self._log(), "refetched": refetched}
+        self.outcome["machine"] = {"status": status, "log": self._log()}
+        self.outcome["page_faults"] = faults
         for place in self.places:
             self.outcome[place.row.name] = self._inspect(place)
 
@@ -177,17 +179,6 @@ class Boot:
             if os.path.ismount(place.dir / "fs"):
                 subprocess.run(["umount", "-l", place.dir / "fs"], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def page_faults_by_kvm() -> int:
-    """How often KVM itself gave the guests that run now a page fault; 0 where it does not say.
-
-    KVM does so when it reads an instruction to step over it, and finds the page table to be without it.
-    """
-    counter = Path("/sys/kernel/debug/kvm/pf_guest")
-    if not counter.exists():
-        subprocess.run(["mount", "-t", "debugfs", "debug", "/sys/kernel/debug"], check=False)
-    return int(counter.read_text()) if counter.exists() else 0
 
 
 def tail(path: Path) -> str:

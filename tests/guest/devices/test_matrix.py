@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from guest.devices.rows import ROWS, Row
+from guest.emulated import twice
 from guest.machines import Machine
 
 from pyvmm.host.kernels import Kernel
@@ -19,10 +20,6 @@ from pyvmm.host.kernels import Kernel
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TESTS = str(Path(__file__).parents[2])
-# In QEMU's emulation of SVM a guest now and then hangs at an instruction that KVM cannot read, to step over
-# it, although the guest executes it: a million page faults a minute, of which there are none otherwise.  No
-# VMM can do that to a guest, so its boot is tried once more.
-REFETCHED = 100_000
 
 
 @pytest.fixture(scope="session")
@@ -35,10 +32,7 @@ def outcome(machine: Machine, kernel: Kernel, boot: str, outcomes: dict[str, Any
     """The outcome of a boot, run now if it is the first of its rows."""
     if boot not in outcomes:
         outcomes[boot] = {"machine": {"log": "the host's side failed"}}
-        outcomes[boot] = run(machine, kernel, boot)
-        if outcomes[boot]["machine"]["refetched"] > REFETCHED:
-            print(f"\n{boot}: the guest hung in the emulated machine; once more", file=sys.__stderr__)
-            outcomes[boot] = run(machine, kernel, boot)
+        outcomes[boot] = twice(lambda: run(machine, kernel, boot), boot)
     result: dict[str, Any] = outcomes[boot]
     return result
 

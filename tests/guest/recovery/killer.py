@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from guest.emulated import page_faults_by_kvm
+
 from pyvmm._native.vring import Chain
 from pyvmm.backend.blk import Blk
 from pyvmm.backend.loop import DeviceLoop
@@ -59,6 +61,7 @@ class Served:
     def __init__(self, make: Callable[[str], Blk], image: str, path: str) -> None:
         self.make, self.image = make, image
         self.listener = socket.socket(socket.AF_UNIX)
+        Path(path).unlink(missing_ok=True)
         self.listener.bind(path)
         self.listener.listen(1)
         self.option = ["--generic-vhost-user", f"socket={path},device_type=blk,queue_sizes=[128]"]
@@ -132,7 +135,7 @@ def main(setup: dict[str, Any]) -> dict[str, Any]:
         stdout=log,
         stderr=log,
     )
-    seen = {"kills": 0, "stuck": False}
+    seen: dict[str, Any] = {"kills": 0, "stuck": False, "page_faults": 0}
     done, begin = 0, 0.0
     while seen["kills"] < setup["kills"] and machine.poll() is None:
         now = progress(disk)
@@ -143,7 +146,7 @@ def main(setup: dict[str, Any]) -> dict[str, Any]:
             done = progress(disk)
             seen["kills"] += 1
         elif time.monotonic() > end or HELD_BACK in Path(log.name).read_text():
-            seen["stuck"] = True
+            seen["stuck"], seen["page_faults"] = True, page_faults_by_kvm()
             break
         time.sleep(0.002)
     seen["seconds"] = time.monotonic() - begin

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from guest.emulated import twice
 from guest.machines import Machine
 
 from pyvmm.guest.initramfs import build
 from pyvmm.host.kernels import Kernel
 
-pytestmark = [pytest.mark.slow, pytest.mark.lab]
+pytestmark = [pytest.mark.slow, pytest.mark.lab, pytest.mark.timeout(600)]
 
 HERE = Path(__file__).parent
 KILLS = 100
@@ -48,9 +49,14 @@ def play(machine: Machine, own: Kernel, scratch: Path, initramfs: Path, **more: 
         "seconds": 200,
         **more,
     }
-    done = machine.run(sys.executable, "-P", HERE / "killer.py", json.dumps(setup), timeout=280).ok()
-    seen: dict[str, Any] = json.loads(done.stdout)
-    return seen
+
+    def once() -> dict[str, Any]:
+        words = (sys.executable, "-P", HERE / "killer.py", json.dumps(setup))
+        done = machine.run(*words, timeout=280, env={"PYTHONPATH": str(HERE.parents[1])}).ok()
+        seen: dict[str, Any] = json.loads(done.stdout)
+        return seen
+
+    return twice(once, more["mode"])
 
 
 @pytest.mark.parametrize("row", ROWS)
