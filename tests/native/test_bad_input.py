@@ -1,8 +1,9 @@
 """What bad input gets: one line that names it and its cure, status 2, and nothing left behind.
 
 Every row of the tables is a real `pyvmm` process in a directory of its own, which holds a
-good kernel `vmlinux` (it powers off at once), and what the row's `make` adds to it.  In one
-file because the tables are read as one list: what is not in it, nobody has tried.
+good kernel `vmlinux` (it powers off at once), and what the row's `make` adds to it; what
+`--force` allows is refused without it and taken with it.  In one file because the tables are
+read as one list: what is not in it, nobody has tried.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 
 import pytest
 
@@ -424,6 +425,23 @@ def test_options(tmp_path, row):
     _, line, message, *make = row
     words = ("boot --kernel vmlinux --console off" + line[2:] if line.startswith("-k") else line).split(" ")
     refuses(tmp_path, make[0] if make else None, [word for word in words if word], message)
+
+
+FORCED = [
+    ("queues", "device_type=fs,queue_sizes=[512],config=[tag=t]", r"fs needs at least 2 queues, 1 given"),
+    ("size", "device_type=scsi,queue_sizes=[256,256,256],config=00", r"at most 128 entries a queue, 256"),
+    ("config", f"device_type=vsock,config={'00' * 9}", r"config= is 9 bytes, vsock has 8"),
+]
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row[0]) for row in FORCED])
+def test_force_allows_what_the_rules_of_a_kind_refuse(tmp_path, row):
+    _, device, message = row
+    words = ("--kernel", "vmlinux", *QUIET, GENERIC, f"socket=s,{device}")
+    refuses(tmp_path, peer(backend(_17=3)), words, message)
+    (tmp_path / "s").unlink()
+    with working_directory(tmp_path), closing(Peer(tmp_path / "s", backend(_17=3))):
+        assert program.run(tmp_path, "--force", *words) == (0, "", "")
 
 
 # -- other users, other hosts --------------------------------------------------------------
