@@ -4,8 +4,6 @@ QEMU emulates an AMD machine with SVM, Debian's kernel offers /dev/kvm in it, an
 host's file system is its root: read-only through virtiofsd, a writable layer in the
 guest's memory on top.  It owns the machine from start to end, and knows nothing of what
 runs inside.  Shared directories are the one way for results to outlive it.
-
-    python -m pyvmm.host.lab [--share DIR] -- CMD ...
 """
 
 from __future__ import annotations
@@ -287,36 +285,3 @@ def run_in_lab(
             return lab.run()
         finally:
             lab.close()
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line of `python -m pyvmm.host.lab`."""
-    import argparse
-
-    from ..errors import PyvmmError
-
-    parser = argparse.ArgumentParser(prog="python -m pyvmm.host.lab")
-    parser.add_argument("--share", action="append", default=[], metavar="DIR")
-    parser.add_argument("--memory", type=int, default=4096, metavar="MIB")
-    parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=0, metavar="SECONDS")
-    parser.add_argument("-v", "--verbose", action="count", default=0)
-    parser.add_argument("command", nargs="*", metavar="CMD")
-    options = parser.parse_args(argv)
-    log.level = log.WARN + options.verbose
-    command = options.command or [os.environ.get("SHELL") or "/bin/sh"]
-    try:
-        return run_in_lab(
-            command,
-            share=options.share,
-            memory=options.memory * MIB,
-            cpus=options.cpus,
-            timeout=options.timeout,
-        )
-    except PyvmmError as error:
-        log.warn(str(error))
-        return error.exit_status
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""The emulated machine as its users see it: streams, status, files, terminal, and its end.
+"""`pyvmm lab` as its users see it: streams, status, files, terminal, size, and its end.
 
 These run the real QEMU, virtiofsd and Debian's kernel; each start takes some seconds.
 """
@@ -27,7 +27,9 @@ from pyvmm.host.backends import find_virtiofsd
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
 
 DEADLINE = 120
-COMMAND = [sys.executable, "-P", "-m", "pyvmm.host.lab", "--timeout", "100"]
+PYVMM = [sys.executable, "-P", "-m", "pyvmm"]
+COMMAND = [*PYVMM, "lab"]
+LIMIT = ("--timeout", "100")
 Lab = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
@@ -51,21 +53,24 @@ def lab() -> Lab:
     def run(
         *argv: str, options: tuple[str, ...] = (), stdin: bytes = b""
     ) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [*COMMAND, *options, "--", *argv],
-            input=stdin,
-            capture_output=True,
-            timeout=DEADLINE,
-            env=environment(),
-            check=False,
-        )
+        return execute(*COMMAND, *options, "--", *argv, stdin=stdin)
 
     return run
 
 
-def test_streams_status_kvm_and_surroundings(lab: Lab) -> None:
-    done = lab("sh", "-c", "test -c /dev/kvm && pwd && echo $HOME && uname -n && echo err >&2; exit 7")
-    assert done.stdout.decode() == f"{os.getcwd()}\n{os.environ['HOME']}\nlab\n"
+def execute(*argv: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        argv, input=stdin, capture_output=True, timeout=DEADLINE, env=environment(), check=False
+    )
+
+
+def test_streams_status_kvm_size_and_surroundings(lab: Lab) -> None:
+    script = "test -c /dev/kvm && pwd && echo $HOME && uname -n && echo $PYVMM_LAB && echo err >&2; "
+    script += "nproc; grep MemTotal /proc/meminfo; exit 7"
+    done = lab("sh", "-c", script, options=("--cpus", "3", "--memory", "2G"))
+    *lines, total = done.stdout.decode().splitlines()
+    assert lines == [os.getcwd(), os.environ["HOME"], "lab", "1", "3"]
+    assert 0.85 * 2048 < int(total.split()[1]) / 1024 <= 2048
     assert done.stderr == b"err\n"
     assert done.returncode == 7
 
@@ -85,9 +90,10 @@ def test_input_output_and_shares(lab: Lab, tmp_path: Path) -> None:
 
 
 def test_a_program_that_is_not_there(lab: Lab) -> None:
-    done = lab("no-such-program")
+    done = lab("no-such-program", options=("-v",))
     assert done.returncode == 127
     assert b"cannot run 'no-such-program' in the guest: No such file" in done.stderr
+    assert b"Linux version" in done.stderr  # -v shows the machine's console
 
 
 def test_a_panic_has_its_own_status(lab: Lab) -> None:
@@ -117,7 +123,7 @@ def helpers_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_it(number: signal.Signals) -> None:
-    with subprocess.Popen([*COMMAND, "--", "sleep", "1000"], env=environment()) as process:
+    with subprocess.Popen([*COMMAND, *LIMIT, "--", "sleep", "1000"], env=environment()) as process:
         deadline = time.monotonic() + 30
         while len(helpers_of(process.pid)) < 2:
             assert time.monotonic() < deadline
@@ -142,17 +148,17 @@ def is_running(pid: int) -> bool:
 
 
 class Terminal:
-    """The lab on a pseudo terminal."""
+    """The lab's shell, which is what it runs without a command, on a pseudo terminal."""
 
-    def __init__(self, *argv: str) -> None:
+    def __init__(self) -> None:
         self.fd, child = os.openpty()
         self.resize(31, 101)
         self.process = subprocess.Popen(
-            [*COMMAND, "--", *argv],
+            [*COMMAND, *LIMIT],
             stdin=child,
             stdout=child,
             stderr=child,
-            env=environment(),
+            env={**environment(), "SHELL": "/bin/sh"},
             start_new_session=True,
         )
         self.child = child
@@ -181,20 +187,13 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal() -> Iterator[Callable[..., Terminal]]:
-    made: list[Terminal] = []
-
-    def make(*argv: str) -> Terminal:
-        made.append(Terminal(*argv))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
+def shell() -> Iterator[Terminal]:
+    terminal = Terminal()
+    yield terminal
+    terminal.close()
 
 
-def test_a_terminal_is_a_terminal(terminal: Callable[..., Terminal]) -> None:
-    shell = terminal("sh", "-i")
+def test_a_terminal_is_a_terminal(shell: Terminal) -> None:
     before = termios.tcgetattr(shell.child)
     shell.type(b"stty size; tty\n")
     shell.expect(b"31 101\r\n")
