@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import pyvmm
-from pyvmm.host import emulator, kernels
+from pyvmm.host import accel, emulator, kernels
 from pyvmm.host.backends import find_virtiofsd
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow]
@@ -113,6 +113,25 @@ def test_what_the_command_leaves_behind_is_ended(lab: Lab) -> None:
     done = lab("sh", "-c", "trap '' TERM; sleep 1000 & echo started")
     assert (done.returncode, done.stdout) == (0, b"started\n")
     assert time.monotonic() - begin < 60
+
+
+@pytest.mark.parametrize("wanted", ["lab", "auto"])
+def test_run_goes_into_the_lab_when_told_to_or_when_it_must(wanted: str, tmp_path: Path) -> None:
+    """The command's streams and status come out of the guest in the machine; `auto` says why it is there."""
+    reason = accel.why_not() if wanted == "auto" else ""
+    if wanted == "auto" and not reason:
+        pytest.skip("this host's KVM runs kernels")
+    script = f"uname -n; cat; pwd >{tmp_path}/kept; echo err >&2; exit 9"
+    done = execute(
+        *(*PYVMM, "run", "--accel", wanted, "--share", str(tmp_path), "--timeout", "100"),
+        *("--", "sh", "-c", script),
+        stdin=b"in\0put",
+    )
+    line = f"pyvmm: {reason}: using an emulated machine instead (pyvmm lab), " if reason else ""
+    first, _, rest = done.stderr.decode().rpartition("err\n")
+    assert (done.returncode, done.stdout, rest) == (9, b"pyvmm\nin\0put", ""), done.stderr
+    assert first.startswith(line) and first.count("\n") == bool(line)
+    assert (tmp_path / "kept").read_text() == f"{os.getcwd()}\n"
 
 
 def helpers_of(pid: int) -> list[int]:

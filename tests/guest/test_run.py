@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from guest.machines import Machine
 
+from pyvmm.boot import bzimage, payload
 from pyvmm.host.kernels import Kernel
 
 pytestmark = pytest.mark.slow
@@ -102,6 +103,27 @@ def test_cpus_memory_and_clocks(
     assert 0.85 * megabytes < int(total.split()[1]) / 1024 <= megabytes
     for line, told in zip(calibration, CALIBRATES_NOTHING, strict=True):
         assert told in line, repr(done)
+
+
+def unpacked(kernel: Kernel) -> str:
+    """The kernel in a bzImage, in the cache, where no modules are beside it."""
+    fd = os.open(kernel.path, os.O_RDONLY)
+    try:
+        target, path = payload.open_vmlinux(fd, bzimage.parse(fd, kernel.path), kernel.path)
+    finally:
+        os.close(fd)
+    os.close(target)
+    return path
+
+
+def test_arguments_modules_and_the_log(machine: Machine, debian_kernel: Kernel) -> None:
+    """Without its modules this kernel has neither files nor a command."""
+    kernel = ("--kernel", unpacked(debian_kernel), "--modules", str(debian_kernel.modules))
+    script = "cat /proc/cmdline; grep -c ^virtiofs /proc/modules"
+    done = machine.pyvmm("run", *kernel, "--append", "one=1 two=2", "-v", "--", "sh", "-c", script).ok()
+    assert re.fullmatch(r"console=ttyS0 .* one=1 two=2\n1\n", done.stdout.decode()), repr(done)
+    assert f"Linux version {debian_kernel.release} " in done.stderr.decode(), repr(done)
+    assert b"as init process" in done.stderr, repr(done)
 
 
 def test_5_gib_lie_around_the_hole(machine: Machine) -> None:
