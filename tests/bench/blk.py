@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from options import number
 from rings import Driven, connect
 
 from pyvmm.host import backends
@@ -44,7 +45,7 @@ def reads_a_second(command: list[str], path: str, depth: int, count: int) -> flo
             driven = Driven(connect(path), size=128, depth=depth)
             driven.open()
             driven.blk_chains(4096, SIZE // 512)
-            driven.run(count // 10)
+            driven.run(max(1, count // 10))
             seconds = driven.run(count)
             driven.close()
         finally:
@@ -55,8 +56,8 @@ def reads_a_second(command: list[str], path: str, depth: int, count: int) -> flo
 def main() -> None:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--runs", type=number, default=5)
+    parser.add_argument("--count", type=number, default=100_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         image = str(Path(folder) / "image")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from options import number
 from rings import Driven, compiled, connect
 
 from pyvmm.backend.process import spawn
@@ -137,13 +138,13 @@ def reconnects(connections: int, buffers: int) -> float:
 def main() -> None:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--count", type=int, default=2_000_000)
-    parser.add_argument("--connections", type=int, default=1000)
-    parser.add_argument("--buffers", type=int, default=10_000_000)
+    parser.add_argument("--runs", type=number, default=7)
+    parser.add_argument("--count", type=number, default=2_000_000)
+    parser.add_argument("--connections", type=number, default=1000)
+    parser.add_argument("--buffers", type=number, default=10_000_000)
     arguments = parser.parse_args()
     for depth in (1, 64):
-        count = arguments.count // (10 if depth == 1 else 1)
+        count = max(1, arguments.count // (10 if depth == 1 else 1))
         pairs = [(ours(depth, count), in_c(depth, count)) for _ in range(arguments.runs)]
         mine, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
         print(

@@ -24,6 +24,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from options import number
+
 from pyvmm.boot import elf
 from pyvmm.guest import cpio
 from pyvmm.host import accel, backends, kernels
@@ -285,7 +289,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="scripts/bench startup", description=__doc__.split("\n\n", maxsplit=1)[0]
     )
-    parser.add_argument("--runs", type=int, default=10, help="how often each is started (default 10)")
+    parser.add_argument("--runs", type=number, default=10, help="how often each is started (default 10)")
     parser.add_argument("--only", choices=("first", "init"), help="one part only")
     parser.add_argument("--json", action="store_true", help="rows as JSON, for programs")
     given = parser.parse_args()
