@@ -4,7 +4,8 @@ The guest of the first part is the own kernel with its entry overwritten: its fi
 instruction writes a byte to the serial port and its next ones halt.  So everything up to the
 first guest instruction is measured as it is (a kernel of full size, 1 GiB of RAM, a virtio-fs
 device with a real virtiofsd), on any KVM, one that emulates ring 0 too.  The second part boots
-the real kernel to /init; where this host cannot, it runs in the lab.  Runs are interleaved.
+the real kernel to /init, and the third lets it idle there; where this host cannot, they run in
+the lab.  Runs are interleaved.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -35,15 +36,23 @@ from pyvmm.host import accel, backends, kernels
 REACHED = b"\n"  # what the probe writes, and what /init writes
 PROBE = bytes.fromhex("66baf803 b00a ee f4 ebfd")  # mov dx, 0x3f8; mov al, 10; out dx, al; hlt; jmp to hlt
 INIT = r"""
-#include <sys/reboot.h>
+#include <sys/mount.h>
 #include <unistd.h>
-int main(void) { write(1, "reached /init\n", 14); reboot(RB_POWER_OFF); for (;;) pause(); }
+int main(void)
+{
+    write(1, "reached /init\n", 14);
+    if (mount("root", "/root", "virtiofs", MS_RDONLY, 0) == 0 && access("/root/bin", R_OK) == 0)
+        write(1, "idle\n", 5);
+    for (;;) pause();
+}
 """
 PYVMM = [str(Path(sys.executable).parent / "pyvmm")]
 MACHINE = "microvm,accel=kvm,pcie=on,pit=off,pic=off,rtc=off,memory-backend=ram"
 CMDLINE = "console=ttyS0 panic=-1 reboot=a tsc=reliable quiet"
 DEADLINE = 240.0
+SETTLE, IDLE_SECONDS = 2.0, 5.0
 DEVNULL = subprocess.DEVNULL
+Share = tuple[float, float]  # of a CPU, in percent: a process's main thread, its other threads
 MONITOR = {"greets": b"QMP", "answers": b"prelaunch"}
 
 
@@ -64,19 +73,19 @@ def probe_kernel(kernel: str, target: Path) -> Path:
 
 
 def initramfs(folder: Path) -> Path:
-    """An archive whose /init says so and powers off."""
+    """An archive whose /init says so, mounts its files and waits."""
     source, program, archive = folder / "init.c", folder / "init", folder / "init.cpio"
     source.write_text(INIT)
     subprocess.run(["gcc", "-static", "-Os", "-o", program, source], check=True)
-    entries = [cpio.directory("dev"), cpio.character("dev/console", 5, 1)]
+    entries = [cpio.directory("root"), cpio.directory("dev"), cpio.character("dev/console", 5, 1)]
     entries.append(cpio.regular("init", program.read_bytes(), 0o755))
     archive.write_bytes(cpio.archive(entries))
     return archive
 
 
 @contextmanager
-def file_server(path: Path) -> Iterator[None]:
-    """A virtiofsd that listens at `path` already."""
+def file_server(path: Path) -> Iterator[int]:
+    """Process id of a virtiofsd that listens at `path` already."""
     program = backends.find_virtiofsd()
     assert program is not None
     path.unlink(missing_ok=True)
@@ -88,7 +97,7 @@ def file_server(path: Path) -> Iterator[None]:
         server = subprocess.Popen(argv, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL)
     try:
         time.sleep(0.2)  # so that its own start is nobody's
-        yield
+        yield server.pid
     finally:
         server.kill()
         server.wait()
@@ -96,10 +105,18 @@ def file_server(path: Path) -> Iterator[None]:
 
 def pyvmm_argv(kernel: Path, memory: str, extra: list[str], sock: Path) -> list[str]:
     """pyvmm with one virtio-fs device and the serial port on standard output."""
-    return [
-        *PYVMM, "--kernel", str(kernel), "--memory", f"size={memory}", "--console", "off", "--serial", "tty",
-        "--fs", f"tag=root,socket={sock}", "--cmdline", CMDLINE, *extra,
-    ]  # fmt: skip
+    streams = ["--console", "off", "--serial", "tty", "--cmdline", CMDLINE]
+    return [*_pyvmm(kernel, memory, sock), *streams, *extra]
+
+
+def pyvmm_with_console_argv(kernel: Path, memory: str, extra: list[str], sock: Path) -> list[str]:
+    """pyvmm with one virtio-fs device and its default console on standard output."""
+    return [*_pyvmm(kernel, memory, sock), "--cmdline", CMDLINE.replace("ttyS0", "hvc0"), *extra]
+
+
+def _pyvmm(kernel: Path, memory: str, sock: Path) -> list[str]:
+    words = [*PYVMM, "--kernel", str(kernel), "--memory", f"size={memory}"]
+    return [*words, "--fs", f"tag=root,socket={sock}"]
 
 
 def qemu_argv(kernel: Path, memory: str, extra: list[str], sock: Path) -> list[str]:
@@ -154,13 +171,7 @@ class Started:
     def idle_percent(self, seconds: float = 3.0) -> float:
         """CPU time used while the guest halts, of one CPU."""
         time.sleep(0.3)
-        before = self._ticks()
-        time.sleep(seconds)
-        return 100 * (self._ticks() - before) / os.sysconf("SC_CLK_TCK") / seconds
-
-    def _ticks(self) -> int:
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return int(fields[11]) + int(fields[12])
+        return sum(busy_percent([self.process.pid], seconds)[0])
 
     def close(self) -> str:
         """End it; returns what it said on standard error."""
@@ -169,6 +180,25 @@ class Started:
             return self.process.communicate(timeout=20)[1].decode(errors="replace")[-2000:]
         finally:
             self.process.kill()
+
+
+def busy_percent(pids: list[int], seconds: float) -> list[Share]:
+    """CPU time that each process uses."""
+    before = [_on_cpu(pid) for pid in pids]
+    time.sleep(seconds)
+    pairs = zip(before, map(_on_cpu, pids), strict=True)
+    return [(100 * (new[0] - old[0]) / seconds, 100 * (new[1] - old[1]) / seconds) for old, new in pairs]
+
+
+def _on_cpu(pid: int) -> tuple[float, float]:
+    """Seconds on a CPU so far, of the main thread and of the others."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    times = {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+    return times.pop(str(pid)), sum(times.values())
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def monitor(argv: list[str], mark: bytes) -> float:
@@ -238,21 +268,38 @@ def to_init(folder: Path, runs: int) -> list[list[str]]:
     return [_row(f"exec to /init, {how.__name__}", times, how) for how in (min, _median)]
 
 
-def in_the_lab(runs: int) -> list[list[str]]:
-    """`to_init`, by this program inside the emulated machine."""
-    argv = [
-        *PYVMM,
-        "lab",
-        "--",
-        sys.executable,
-        "-P",
-        __file__,
-        "--only",
-        "init",
-        "--json",
-        "--runs",
-        str(runs),
+IDLE = ("main thread", "virtual CPU (other threads)", "console process", "virtiofsd")
+
+
+def idle(folder: Path, _: int) -> list[list[str]]:
+    """Rows about the own kernel that waits in /init, with files mounted; under both VMMs at once."""
+    kernel, archive = Path(kernels.find_kernel("own").path), str(initramfs(folder))
+    groups = []
+    with ExitStack() as stack:
+        for make, option in ((pyvmm_with_console_argv, "--initramfs"), (qemu_argv, "-initrd")):
+            sock = folder / f"{make.__name__}.sock"
+            server = stack.enter_context(file_server(sock))
+            vmm = Started(make(kernel, "512M", [option, archive], sock), b"idle")
+            stack.callback(vmm.close)
+            groups.append([vmm.process.pid, server, *_children(vmm.process.pid)])
+        time.sleep(SETTLE)
+        shares = busy_percent([pid for group in groups for pid in group], IDLE_SECONDS)
+    ours = _idle_column(*shares[: len(groups[0])])
+    theirs = _idle_column(*shares[len(groups[0]) :])
+    return [
+        _plain(f"CPU while Linux idles, {name}", *row) for name, *row in zip(IDLE, ours, theirs, strict=True)
     ]
+
+
+def _idle_column(vmm: Share, server: Share, *console: Share) -> list[str]:
+    values = [vmm[0], vmm[1], sum(sum(share) for share in console) if console else None, sum(server)]
+    return ["" if value is None else f"{value:.2f} %" for value in values]
+
+
+def in_the_lab(parts: list[str], runs: int) -> list[list[str]]:
+    """These parts, by this program inside the emulated machine."""
+    options = ["--only", *parts, "--json", "--runs", str(runs)]
+    argv = [*PYVMM, "lab", "--", sys.executable, "-P", __file__, *options]
     done = subprocess.run(argv, stdout=subprocess.PIPE, check=True)
     rows: list[list[str]] = json.loads(done.stdout)
     return [[f"in the lab: {row[0]}", *row[1:]] for row in rows]
@@ -284,23 +331,28 @@ def _plain(what: str, ours: str, theirs: str) -> list[str]:
     return [what, ours, theirs, ""]
 
 
+PARTS = {"first": first_instruction, "init": to_init, "idle": idle}
+
+
 def main() -> int:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench startup", description=__doc__.split("\n\n", maxsplit=1)[0]
     )
     parser.add_argument("--runs", type=number, default=10, help="how often each is started (default 10)")
-    parser.add_argument("--only", choices=("first", "init"), help="one part only")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="these parts only")
     parser.add_argument("--json", action="store_true", help="rows as JSON, for programs")
     given = parser.parse_args()
     rows: list[list[str]] = []
     with tempfile.TemporaryDirectory(prefix="pyvmm-bench-") as name:
         folder = Path(name)
-        if given.only != "init":
-            rows += first_instruction(folder, given.runs)
-        if given.only != "first":
-            inside = not os.environ.get(accel.LAB_MARK) and accel.why_not()
-            rows += in_the_lab(max(1, given.runs // 4)) if inside else to_init(folder, given.runs)
+        needs_lab = not os.environ.get(accel.LAB_MARK) and accel.why_not()
+        elsewhere = [part for part in given.only if part != "first"] if needs_lab else []
+        for part in given.only:
+            if part not in elsewhere:
+                rows += PARTS[part](folder, given.runs)
+        if elsewhere:
+            rows += in_the_lab(elsewhere, max(1, given.runs // 4))
     if given.json:
         print(json.dumps(rows))
     else:
