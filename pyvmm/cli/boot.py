@@ -63,13 +63,16 @@ COMMAND = Command(
         ),
         (
             "a backend that already listens",
-            "pyvmm --memory size=1G,shared=on --kernel vmlinux --cmdline console=hvc0 \\\n"
+            "pyvmm --memory size=1G,shared=on --kernel vmlinux --disk path=image.raw \\\n"
+            '      --cmdline "console=hvc0 root=/dev/vda rw" \\\n'
             '      --generic-vhost-user "socket=/run/vfs.sock,virtio_id=26,queue_sizes=[512,512]"',
         ),
     ),
     details="A guest that powers off ends with status 0, one that restarts goes on with its devices;\n"
     "a crash of a virtual CPU ends with 126, a bad option with 2, a lost backend (with\n"
-    "--on-backend-loss stop) with 70.",
+    "--on-backend-loss stop) with 70.\n\n"
+    "Unless --console says otherwise, the terminal is the guest's console, and every key goes there,\n"
+    "Ctrl-C too.  To leave, power the guest off, or kill pyvmm from another terminal.",
 )
 LOOK_SECONDS = 1.0  # after the start, which must not wait for what is measured then
 DEVICES = (

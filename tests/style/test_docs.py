@@ -11,7 +11,7 @@ import pytest
 from fakes.source import ROOT
 
 from pyvmm import cli, config, devices, errors
-from pyvmm.cli.parse import HELP, Command
+from pyvmm.cli.parse import HELP, Command, render
 from pyvmm.virtio.kinds import KINDS
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/*.md")])
@@ -91,6 +91,11 @@ def test_every_option_is_in_the_command_s_section(name: str) -> None:
     for option in COMMANDS[name].options:
         assert f"`{option.name}`" in section, option.name
         assert not option.short or f"`{option.short}`" in section, option.short
+
+
+def test_where_the_terminal_is_the_guest_s_the_way_out_is_told() -> None:
+    for text in ((ROOT / "README.md").read_text(), render(COMMANDS["boot"])):
+        assert re.search(r"Ctrl-C too\.\s+To leave, power the guest off", text)
 
 
 @pytest.mark.parametrize("option", KEYS)
