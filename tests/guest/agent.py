@@ -1,8 +1,8 @@
 """Runs commands for the tests inside the emulated machine: JSON lines in, JSON lines out.
 
 One machine serves a whole test run, since starting it costs half a minute.  A request is
-`{"argv": [...], "input": base64, "timeout": seconds, "signal_after": [seconds, number]}`,
-the answer `{"status", "stdout", "stderr", "seconds"}`, outputs in base64.  A command that
+`{"argv": [...], "input": base64, "timeout": seconds, "signal_when": [path, number]}` (once the path
+is there), the answer `{"status", "stdout", "stderr", "seconds"}`, outputs in base64.  A command that
 runs out of time is killed with its process group and answers status null.
 """
 
@@ -30,9 +30,8 @@ def execute(request: dict[str, Any]) -> dict[str, Any]:
         start_new_session=True,
         env={**os.environ, **request.get("env", {})},
     )
-    if request.get("signal_after"):
-        delay, number = request["signal_after"]
-        threading.Timer(delay, process.send_signal, [number]).start()
+    if request.get("signal_when"):
+        threading.Thread(target=_signal_when, args=(process, *request["signal_when"])).start()
     status: int | None
     try:
         out, err = process.communicate(base64.b64decode(request.get("input", "")), timeout=request["timeout"])
@@ -47,6 +46,14 @@ def execute(request: dict[str, Any]) -> dict[str, Any]:
         "stderr": base64.b64encode(err).decode(),
         "seconds": time.monotonic() - begin,
     }
+
+
+def _signal_when(process: subprocess.Popen[bytes], path: str, number: int) -> None:
+    while process.poll() is None:
+        if os.path.exists(path):
+            process.send_signal(number)
+            return
+        time.sleep(0.1)
 
 
 def main() -> None:

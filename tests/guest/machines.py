@@ -64,16 +64,16 @@ class Machine:
         *argv: str | Path,
         stdin: bytes = b"",
         timeout: float = 240,
-        signal_after: tuple[float, int] | None = None,
+        signal_when: tuple[str, int] | None = None,
         env: dict[str, str] | None = None,
     ) -> Result:
-        """Run `argv` to its end and return what it did."""
+        """Run `argv` to its end and return what it did; it gets a signal once a path is there."""
         words = [str(word) for word in argv]
         request = {
             "argv": words,
             "input": base64.b64encode(stdin).decode(),
             "timeout": timeout,
-            "signal_after": signal_after,
+            "signal_when": signal_when,
             "env": env or {},
         }
         return Result(words, self._execute(request))

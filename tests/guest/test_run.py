@@ -9,7 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from guest.machines import Machine
+from guest.machines import Machine, Result
 
 from pyvmm.boot import bzimage, payload
 from pyvmm.host.kernels import Kernel
@@ -145,14 +145,20 @@ def test_a_timeout_has_its_own_status_and_name(machine: Machine) -> None:
     assert re.search(rb"timeout: the command did not end within 45 s", done.stderr)
 
 
-def test_ctrl_c_reaches_the_command(machine: Machine) -> None:
-    script = "trap 'echo caught; exit 5' INT; echo ready; while :; do sleep 1; done"
-    done = machine.pyvmm("run", "--", "sh", "-c", script, signal_after=(60, signal.SIGINT))
-    assert (done.status, done.stdout) == (5, b"ready\ncaught\n"), repr(done)
+def signalled(machine: Machine, scratch: Path, script: str, number: int) -> Result:
+    """`script` in a guest, whose VMM gets a signal once it has written the file `ready`."""
+    words = ("run", "--share", scratch, "--", "sh", "-c", script)
+    return machine.pyvmm(*words, env={"READY": f"{scratch}/ready"}, signal_when=(f"{scratch}/ready", number))
 
 
-def test_sigterm_leaves_nothing_behind(machine: Machine) -> None:
-    done = machine.pyvmm("run", "--", "sleep", "1000", signal_after=(45, signal.SIGTERM))
+def test_ctrl_c_reaches_the_command(machine: Machine, scratch: Path) -> None:
+    script = "trap 'echo caught; exit 5' INT; : >$READY; while :; do sleep 1; done"
+    done = signalled(machine, scratch, script, signal.SIGINT)
+    assert (done.status, done.stdout) == (5, b"caught\n"), repr(done)
+
+
+def test_sigterm_leaves_nothing_behind(machine: Machine, scratch: Path) -> None:
+    done = signalled(machine, scratch, ": >$READY; sleep 1000", signal.SIGTERM)
     assert done.status == 128 + signal.SIGTERM, repr(done)
     left = machine.run("sh", "-c", "pgrep -a 'virtiofsd|pyvmm' | grep -v agent; ls /tmp | grep -i sock; true")
     assert b"tag" not in left.stdout and b"virtiofsd" not in left.stdout.replace(b"cache=always", b""), repr(
