@@ -11,11 +11,23 @@ import os
 import select
 
 COUNTER = 8  # bytes
+LINK = "anon_inode:[eventfd]"  # what /proc calls one: no file can have a name without a slash
 
 
 def create() -> int:
     """A new one, empty."""
     return os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+
+def is_eventfd(fd: int) -> bool:
+    """Whether `fd` is one: only then do `drain` and `signal` keep their promises.  Needs /proc.
+
+    No operation of the file is called for it: on some that a peer may send, even fstat would wait.
+    """
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == LINK
+    except OSError:
+        return False
 
 
 def drain(fd: int) -> bool:

@@ -15,7 +15,7 @@ import os
 from _socket import socket
 from time import monotonic
 
-from .. import log
+from .. import eventfd, log
 from ..errors import BackendLost, LocalProtocolError, RemoteProtocolError
 from ..vhost_user.channel import Channel
 from ..vhost_user.codec import encode_request
@@ -274,12 +274,11 @@ class Connection:
         queue = self._queue(payload.index)
         if not self.agreed.virtio_acked & F_PROTOCOL_FEATURES:
             queue.enabled = True  # without the feature there is no SET_VRING_ENABLE to wait for
-        if not self._running.set_kick(queue, taken_fd(message)):
-            raise RemoteProtocolError(f"the kick descriptor of virtqueue {queue.index} is no eventfd")
+        self._running.set_kick(queue, taken_fd(message))
 
     def set_vring_call(self, payload: VringFile, message: Message) -> None:
-        queue = self._queue(payload.index)
-        self._running.change(queue, lambda: queue.set_call(taken_fd(message)))
+        queue, fd = self._queue(payload.index), taken_fd(message)
+        self._running.change(queue, lambda: queue.set_call(fd))
 
     def set_vring_err(self, payload: VringFile, message: Message) -> None:
         self._queue(payload.index).set_error(taken_fd(message))
@@ -340,9 +339,12 @@ def protocol_features(device: Device) -> int:
 
 
 def taken_fd(message: Message) -> int:
-    """The eventfd that came with a `VringFile`, or -1."""
-    fds = message.take_fds()
-    return fds[0] if fds else -1
+    """The eventfd that came with a `VringFile`, or -1; RemoteProtocolError when it is something else."""
+    if not message.fds:
+        return -1
+    if not eventfd.is_eventfd(message.fds[0]):
+        raise RemoteProtocolError(f"the descriptor of {message.request.name} is no eventfd")
+    return message.take_fds()[0]
 
 
 def channel_of(fd: int) -> Channel:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from _socket import AF_UNIX, SOCK_STREAM, socket
 
-from .. import log
+from .. import eventfd, log
 from ..errors import LocalProtocolError, RemoteProtocolError
 from ..vhost_user.channel import Channel
 from ..vhost_user.client import Client, Refusal
@@ -34,7 +34,7 @@ from .connection import HANDLERS, SECONDS, Connection
 from .device import Device
 from .queue import signal_eventfd
 from .relay import Relay
-from .running import F_EVENT_IDX, Refused, drain_eventfd
+from .running import F_EVENT_IDX, Refused
 from .shadow import BYTES, GUEST_ADDRESS, MAX_SIZE, QUEUES, USER_ADDRESS, ShadowMemory, ShadowRing
 
 TYPE_CHECKING = False
@@ -321,7 +321,7 @@ class Proxy(Device):
 
     def _on_call(self, queue: Queue) -> None:
         connection = self._proxied()
-        drain_eventfd(connection.ring(queue.index).call_fd)
+        eventfd.drain(connection.ring(queue.index).call_fd)
         try:
             self._collect(queue)
         except RemoteProtocolError as error:

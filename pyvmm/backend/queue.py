@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from .. import log
+from .. import eventfd, log
 from .._native.vring import Chain as Chain  # noqa: PLC0414 (devices get it here)
 from .._native.vring import PackedRing, RingError, VRing
 
@@ -214,8 +214,8 @@ def close_fd(fd: int) -> None:
 
 
 def signal_eventfd(fd: int) -> None:
-    """Add one to an eventfd of the frontend's, which may be full, broken or no eventfd at all."""
+    """Add one to an eventfd of the frontend's, which may be full, and may be blocking."""
     try:
-        os.write(fd, b"\1\0\0\0\0\0\0\0")
+        eventfd.signal(fd)
     except OSError:
-        return  # a full counter is a pending notification; a broken one is the frontend's loss
+        return  # a signal, which ends the wait for a counter that the frontend fills again and again

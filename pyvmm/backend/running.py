@@ -8,11 +8,8 @@ What a guest may have caused, such as ring addresses outside its memory, is `Ref
 
 from __future__ import annotations
 
-import os
-
-from .. import log
+from .. import eventfd
 from .inflight import map_areas
-from .loop import can_poll
 from .memory import MemoryTable
 from .queue import Queue
 
@@ -58,15 +55,12 @@ class RunningQueues:
         for queue, area in zip(self.queues, map_areas(description, fd), strict=False):
             queue.inflight = area
 
-    def set_kick(self, queue: Queue, fd: int) -> bool:
-        """Take the kick descriptor (-1: none) and run the queue if it may; false when it is no eventfd."""
+    def set_kick(self, queue: Queue, fd: int) -> None:
+        """Take the kick eventfd (-1: none) and run the queue if it may."""
         self._unwatch(queue)
         queue.set_kick(fd)
-        if fd >= 0 and not can_poll(fd):
-            return False
         queue.kicked = True
         self.start(queue)
-        return True
 
     def set_addresses(self, queue: Queue, desc: int, avail: int, used: int) -> None:
         """Take the ring's user addresses; one that runs goes on there."""
@@ -160,11 +154,8 @@ class RunningQueues:
             self._polled.discard(queue)
 
     def _on_kick(self, queue: Queue) -> None:
-        if drain_eventfd(queue.kick_fd):
-            self._serve(queue)
-        else:
-            self._unwatch(queue)
-            log.warn(f"virtqueue {queue.index} stopped: its kick descriptor is not an eventfd")
+        eventfd.drain(queue.kick_fd)  # of two queues with the same one, each is served
+        self._serve(queue)
 
     def _serve(self, queue: Queue) -> None:
         if not queue.running:
@@ -173,13 +164,3 @@ class RunningQueues:
         queue.hand_to(self._device.on_queue)
         if queue.again:
             self._loop.call_later(0, lambda: self._serve(queue))
-
-
-def drain_eventfd(fd: int) -> bool:
-    """Reset an eventfd of the frontend's; false when it cannot be one."""
-    try:
-        return len(os.read(fd, 8)) == 8
-    except BlockingIOError:
-        return True  # somebody else was faster
-    except OSError:
-        return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,17 @@ def fd(request: pytest.FixtureRequest) -> Iterator[int]:
     os.set_blocking(fd, bool(request.param))
     yield fd
     os.close(fd)
+
+
+def test_what_is_one(fd: int) -> None:
+    assert eventfd.is_eventfd(fd)
+    assert not eventfd.is_eventfd(1 << 20)
+
+
+@pytest.mark.parametrize("name", ["eventfd", "anon_inode:[eventfd]"])
+def test_a_file_is_none_whatever_its_name(name: str, tmp_path: Path) -> None:
+    with open(tmp_path / name, "w") as file:
+        assert not eventfd.is_eventfd(file.fileno())
 
 
 def test_drain(fd: int) -> None:

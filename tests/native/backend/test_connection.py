@@ -510,11 +510,6 @@ def absent_region_removed(frontend, ram):
     frontend.tell("REM_MEM_REG", SingleRegion(5, 6, 7, 0))
 
 
-def kick_that_cannot_be_polled(frontend, ram):
-    with open("/etc/passwd") as file:
-        frontend.tell("SET_VRING_KICK", VringFile(0, True), [file.fileno()])
-
-
 def backend_channel_that_is_no_socket(frontend, ram):
     frontend.tell("SET_BACKEND_REQ_FD", None, [ram.fd])
 
@@ -528,7 +523,6 @@ def backend_channel_that_is_no_socket(frontend, ram):
         empty_region,
         memory_that_is_no_file,
         absent_region_removed,
-        kick_that_cannot_be_polled,
         backend_channel_that_is_no_socket,
     ],
 )
@@ -539,20 +533,6 @@ def test_impossible_request_costs_the_connection_only(bench, act):
         act(frontend, bench.ram)
         frontend.number("GET_FEATURES")
     check_works(bench.ready(), bench.queue(event_idx=True))
-
-
-def test_kick_descriptor_at_its_end_does_not_spin(bench):
-    frontend = bench.ready()
-    queue = bench.queue(event_idx=True)
-    reader, writer = os.pipe()
-    frontend.tell("SET_VRING_NUM", VringState(0, queue.size))
-    frontend.tell("SET_VRING_ADDR", addresses(0, queue))
-    frontend.tell("SET_VRING_KICK", VringFile(0, True), [reader])
-    frontend.tell("SET_VRING_ENABLE", VringState(0, 1))
-    os.close(writer)
-    os.close(reader)
-    frontend.stop(0)
-    check_works(frontend, queue)
 
 
 def test_frontend_that_does_not_read_its_replies(bench):

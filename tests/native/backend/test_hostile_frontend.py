@@ -1,0 +1,107 @@
+"""Descriptors that no frontend should send: each costs its connection, never the process, never a hang."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from itertools import pairwise
+
+import pytest
+
+pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
+
+from native.backend.test_connection import Bench, Upper, check_works
+
+from pyvmm.vhost_user.payloads import VringFile
+
+FULL = (1 << 64) - 2
+
+
+@pytest.fixture
+def bench(tmp_path):
+    bench = Bench(Upper(), str(tmp_path / "sock"))
+    yield bench
+    bench.close()
+
+
+def until(condition, seconds=10.0):
+    """Wait for something to become true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it never comes"
+        time.sleep(0.001)
+
+
+def only_a_path():
+    return os.open("/etc/passwd", os.O_PATH)
+
+
+def file():
+    return os.open("/etc/passwd", os.O_RDONLY)
+
+
+def pipe():
+    reader, writer = os.pipe()
+    os.close(writer)
+    return reader
+
+
+def peer():
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    return ours.detach()
+
+
+def nested_epolls():
+    """So many that one more does not go (ELOOP)."""
+    chain = [select.epoll() for _ in range(5)]
+    for inner, outer in pairwise(chain):
+        outer.register(inner.fileno(), select.EPOLLIN)
+    return os.dup(chain[-1].fileno())
+
+
+@pytest.mark.parametrize("name", ["SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR"])
+@pytest.mark.parametrize("make", [only_a_path, file, pipe, peer, nested_epolls])
+def test_what_is_no_eventfd_costs_the_connection(bench, name, make):
+    frontend, fd = bench.ready(), make()
+    with pytest.raises((EOFError, ConnectionError)):
+        frontend.tell(name, VringFile(0, True), [fd])
+        frontend.number("GET_FEATURES")
+    os.close(fd)
+    check_works(bench.ready(), bench.queue(event_idx=True))
+
+
+def test_two_queues_with_one_kick_descriptor_that_blocks(bench):
+    frontend, first, second = bench.ready(), bench.queue(), bench.queue()
+    for queue in (first, second):
+        os.close(queue.kick_fd)
+        queue.kick_fd = os.eventfd(0)
+    os.dup2(first.kick_fd, second.kick_fd)
+    frontend.start(0, first)
+    frontend.start(1, second)
+    for _ in range(3):
+        first.add([b"a"], [1])
+        second.add([b"b"], [1])
+        first.kick()
+        assert first.wait()[0][1] == b"A"
+        assert second.wait()[0][1] == b"B"
+
+
+@pytest.mark.parametrize(("name", "breaks"), [("SET_VRING_CALL", False), ("SET_VRING_ERR", True)])
+def test_a_full_counter_that_blocks_is_not_waited_for(bench, name, breaks):
+    frontend, queue = bench.ready(), bench.queue()
+    full = os.eventfd(0)
+    os.eventfd_write(full, FULL)
+    assert frontend.start(0, queue) == 0
+    assert frontend.tell(name, VringFile(0, True), [full]) == 0
+    queue.add([b"a"], [1])
+    if breaks:
+        queue.offer(queue.size)
+    queue.kick()
+    until(queue.collect)
+    frontend.close()
+    check_works(bench.ready(), bench.queue(event_idx=True))
+    assert os.eventfd_read(full) == FULL
+    os.close(full)
