@@ -13,10 +13,11 @@ In one file because the classes use each other's C fields, which Cython hides be
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memmove
-from posix.unistd cimport read, write
+from posix.unistd cimport write
 
 cimport cython
 
@@ -73,6 +74,13 @@ cdef extern from "<poll.h>" nogil:
         short revents
     int POLLIN
     int poll(pollfd *fds, unsigned long count, int timeout)
+
+cdef extern from "<sys/uio.h>" nogil:
+    cdef struct iovec:
+        void *iov_base
+        size_t iov_len
+    int RWF_NOWAIT
+    ssize_t preadv2(int fd, const iovec *places, int count, int64_t offset, int flags)
 
 # struct virtq_desc flags, virtq_avail flags and virtq_used flags
 cdef enum:
@@ -199,6 +207,8 @@ cdef bint await_kick(int kick_fd, int stop_fd, bint sleep) noexcept nogil:
     """Wait for a kick (`sleep`) or only look; false when it is time to stop."""
     cdef pollfd fds[2]
     cdef uint64_t drain
+    cdef iovec place
+    cdef ssize_t count
     fds[0].fd, fds[1].fd = kick_fd, stop_fd
     fds[0].events = fds[1].events = POLLIN
     fds[0].revents = fds[1].revents = 0
@@ -206,9 +216,14 @@ cdef bint await_kick(int kick_fd, int stop_fd, bint sleep) noexcept nogil:
         return True     # a signal: Python looks at it in its own threads
     if fds[1].revents:
         return False
-    if fds[0].revents and read(kick_fd, &drain, 8) == 0:
-        return False    # no eventfd: it would be readable for ever
-    return True
+    if not fds[0].revents:
+        return True
+    # it may be blocking, and somebody else may have been faster
+    place.iov_base, place.iov_len = &drain, 8
+    count = preadv2(kick_fd, &place, 1, -1, RWF_NOWAIT)
+    if count < 0:
+        return errno == EAGAIN or errno == EINTR
+    return count > 0    # else no eventfd: it would be readable for ever
 
 
 cdef void segments_free(Segments *self) noexcept nogil:
@@ -625,7 +640,9 @@ cdef class Ring:
             count[0] += 1
             turns -= 1
         if self.wants_call() and call_fd >= 0:
-            write(call_fd, &one, 8)     # a full counter is a pending call already
+            # A full counter is a pending call already.  If it blocks, whoever is about to set
+            # `stop_fd` makes room: to look first would cost each call a system call more.
+            write(call_fd, &one, 8)
         return FINE
 
     cdef bint wants_kick(self) noexcept nogil:

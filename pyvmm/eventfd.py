@@ -44,11 +44,21 @@ def signal(fd: int) -> None:
     A write cannot be told not to wait, so the counter is looked at first.  A peer that fills it just
     then holds up the calling thread until it reads, or until the thread is interrupted as the machine ends.
     """
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    if not poll.poll(0):
+    if not _has_room(fd):
         return
     try:
         os.eventfd_write(fd, 1)
     except BlockingIOError:
         return
+
+
+def make_room(fd: int) -> None:
+    """Empty it if it is full: a thread that waits to add to it goes on, and then it is not empty."""
+    if not _has_room(fd):
+        drain(fd)
+
+
+def _has_room(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))

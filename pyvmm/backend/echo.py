@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from threading import Thread
 
+from .. import eventfd
 from .._native.vring import RingError
 from .device import Device
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .queue import Queue
 
 DEVICE_ID = 63
+PATIENCE = 0.05  # seconds for a ring full of chains, before a look at what the thread may wait for
 
 
 class Echo(Device):
@@ -60,9 +62,15 @@ class _Worker:
     def stop(self) -> int:
         """End the thread; how many chains it echoed."""
         os.eventfd_write(self._stop_fd, 1)
-        self._thread.join()
+        while self._ends_late():
+            if self._queue.call_fd >= 0:
+                eventfd.make_room(self._queue.call_fd)  # the driver has filled it, and takes nothing
         os.close(self._stop_fd)
         return self._count
+
+    def _ends_late(self) -> bool:
+        self._thread.join(PATIENCE)
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         queue = self._queue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -50,3 +51,25 @@ def test_a_full_counter(fd: int) -> None:
     os.eventfd_write(fd, FULL)
     eventfd.signal(fd)
     assert os.eventfd_read(fd) == FULL
+
+
+def test_room_is_made_in_a_full_counter_alone(fd: int) -> None:
+    os.eventfd_write(fd, 5)
+    eventfd.make_room(fd)
+    assert os.eventfd_read(fd) == 5
+    os.eventfd_write(fd, FULL)
+    eventfd.make_room(fd)
+    assert not eventfd.drain(fd)
+
+
+def test_who_waits_for_room_goes_on() -> None:
+    fd = os.eventfd(0)
+    os.eventfd_write(fd, FULL)
+    thread = Thread(target=os.eventfd_write, args=(fd, 1))
+    thread.start()
+    thread.join(0.1)
+    assert thread.is_alive()
+    eventfd.make_room(fd)
+    thread.join()
+    assert os.eventfd_read(fd) == 1
+    os.close(fd)
