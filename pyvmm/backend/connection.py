@@ -281,12 +281,11 @@ class Connection:
         self._running.change(queue, lambda: queue.set_call(fd))
 
     def set_vring_err(self, payload: VringFile, message: Message) -> None:
-        self._queue(payload.index).set_error(taken_fd(message))
+        queue, fd = self._queue(payload.index), taken_fd(message)
+        self._running.change(queue, lambda: queue.set_error(fd))
 
     def set_vring_enable(self, payload: VringState, message: Message) -> None:
-        queue = self._queue(payload.index)
-        queue.enabled = bool(payload.num)
-        self._running.start(queue)
+        self._running.enable(self._queue(payload.index), bool(payload.num))
 
     def get_inflight_fd(self, payload: Inflight, message: Message) -> Payload:
         description, fd = create(payload.num_queues, payload.queue_size)

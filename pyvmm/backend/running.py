@@ -40,6 +40,7 @@ class RunningQueues:
         self._device = device
         self._loop = loop
         self._features = features
+        self._begun: set[Queue] = set()  # between the device's `on_start` and `on_stop`
         self._polled: set[Queue] = set()
 
     def close(self) -> None:
@@ -57,9 +58,22 @@ class RunningQueues:
 
     def set_kick(self, queue: Queue, fd: int) -> None:
         """Take the kick eventfd (-1: none) and run the queue if it may."""
-        self._unwatch(queue)
-        queue.set_kick(fd)
-        queue.kicked = True
+
+        def change() -> None:
+            self._unwatch(queue)
+            queue.set_kick(fd)
+            queue.kicked = True
+
+        self.change(queue, change)
+        self.start(queue)
+
+    def enable(self, queue: Queue, enabled: bool) -> None:
+        """Let the queue run, or rest, where it is."""
+
+        def change() -> None:
+            queue.enabled = enabled
+
+        self.change(queue, change)
         self.start(queue)
 
     def set_addresses(self, queue: Queue, desc: int, avail: int, used: int) -> None:
@@ -69,28 +83,38 @@ class RunningQueues:
             self._move(queue)
 
     def change(self, queue: Queue, change: Callable[[], None]) -> None:
-        """Do `change` to a queue; a thread of the device's must not be in there meanwhile."""
-        pause = self._device.threaded and queue.ring is not None
-        if pause:
-            self._device.on_stop(queue)
+        """Do `change` to a queue; a thread of the device's is in there neither meanwhile nor
+        afterwards, if the queue then does not run."""
+        if self._device.threaded:
+            self._end(queue)
         change()
-        if pause:
-            self._device.on_start(queue)
+        if self._device.threaded:
+            self._begin(queue)
 
     def moved(self) -> None:
-        """The memory table changed: find each running ring again."""
+        """The memory table changed: find each ring again, and stop those that are not in it."""
+        refusals = []
         for queue in self.queues:
             if queue.ring is not None:
-                self._move(queue)
+                try:
+                    self._move(queue)
+                except Refused as refusal:
+                    refusals.append(str(refusal))
+        if refusals:
+            raise Refused("; ".join(refusals))
 
     def _move(self, queue: Queue) -> None:
         ring, addresses = queue.ring, queue.addresses
         assert ring is not None and addresses is not None
-        try:
-            self.change(queue, lambda: ring.move(self.memory.memory, *addresses))
-        except ValueError as error:
-            ring.stop()
-            raise Refused(f"virtqueue {queue.index}: {error}") from None
+
+        def change() -> None:
+            try:
+                ring.move(self.memory.memory, *addresses)
+            except ValueError as error:
+                ring.stop()
+                raise Refused(f"virtqueue {queue.index}: {error}") from None
+
+        self.change(queue, change)
 
     # -- running -----------------------------------------------------------------------------
 
@@ -99,21 +123,24 @@ class RunningQueues:
         if not (queue.kicked and queue.enabled):
             return
         if queue.ring is None:
-            features = self._features()
-            try:
-                queue.start(
-                    self.memory.memory,
-                    packed=bool(features & F_RING_PACKED),
-                    event_idx=bool(features & F_EVENT_IDX),
-                    indirect=bool(features & F_INDIRECT_DESC),
-                )
-            except ValueError as error:
-                raise Refused(f"virtqueue {queue.index}: {error}") from None
-            self._device.on_start(queue)
+            self._make_ring(queue)
+        self._begin(queue)
         if self._device.threaded:
             return
         self._watch(queue)
         self._serve(queue)  # what came before the kick descriptor did
+
+    def _make_ring(self, queue: Queue) -> None:
+        features = self._features()
+        try:
+            queue.start(
+                self.memory.memory,
+                packed=bool(features & F_RING_PACKED),
+                event_idx=bool(features & F_EVENT_IDX),
+                indirect=bool(features & F_INDIRECT_DESC),
+            )
+        except ValueError as error:
+            raise Refused(f"virtqueue {queue.index}: {error}") from None
 
     def busy(self) -> bool:
         """Whether a queue runs, and could change what the device's state is."""
@@ -121,11 +148,7 @@ class RunningQueues:
 
     def stop(self, queue: Queue) -> int:
         """End `queue`; the base from which it could go on."""
-        if queue.ring is not None and queue.ring.running:
-            queue.ending = True
-            queue.hand_to(self._device.on_stop)
-            queue.ending = False
-            queue.notify()
+        self._end(queue)
         self._unwatch(queue)
         return queue.stop()
 
@@ -133,6 +156,21 @@ class RunningQueues:
         """End every queue."""
         for queue in self.queues:
             self.stop(queue)
+
+    def _begin(self, queue: Queue) -> None:
+        """Tell the device, if it does not know yet, that the queue runs."""
+        if queue.running and queue not in self._begun:
+            self._begun.add(queue)
+            self._device.on_start(queue)
+
+    def _end(self, queue: Queue) -> None:
+        """Tell the device, if it has begun, to leave the queue alone."""
+        if queue in self._begun:
+            self._begun.discard(queue)
+            queue.ending = True
+            queue.hand_to(self._device.on_stop)
+            queue.ending = False
+            queue.notify()
 
     def _watch(self, queue: Queue) -> None:
         if queue.kick_fd < 0:

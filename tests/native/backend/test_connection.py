@@ -260,6 +260,16 @@ def test_stop_tells_the_base_and_start_goes_on(bench):
     assert bench.device.calls.count(("stop", 0)) == 1
 
 
+def test_the_device_hears_the_end_of_a_broken_ring_too(bench):
+    frontend, queue = bench.ready(), bench.queue(event_idx=True)
+    check_works(frontend, queue)
+    queue.offer(queue.size)
+    queue.kick()
+    frontend.stop(0)
+    assert bench.device.calls[-2:] == [("start", 0), ("stop", 0)]
+    check_works(frontend, queue)
+
+
 def test_driver_that_adds_while_it_is_served_without_a_kick(bench):
     """One turn is bounded, and with event indices the driver need not kick in the meantime."""
     frontend = bench.ready()
