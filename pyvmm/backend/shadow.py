@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from fcntl import F_ADD_SEALS, F_SEAL_GROW, F_SEAL_SEAL, F_SEAL_SHRINK, fcntl
 
 from ..errors import RemoteProtocolError
 
@@ -37,6 +38,7 @@ class ShadowMemory:
     def __init__(self) -> None:
         self.fd = os.memfd_create("pyvmm-shadow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, BYTES)
+        fcntl(self.fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)  # the backend has it, too
         self.view = memoryview(mmap.mmap(self.fd, BYTES))
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from threading import Thread
@@ -19,6 +20,7 @@ from pyvmm.backend.local import DeviceThread
 from pyvmm.backend.loop import DeviceLoop
 from pyvmm.backend.proxy import Proxy
 from pyvmm.backend.server import serve
+from pyvmm.backend.shadow import ShadowMemory
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.payloads import U64, Config
 from pyvmm.vhost_user.recording import read
@@ -162,6 +164,14 @@ def test_a_lost_backend_is_told_by_hanging_up(plug):
     driver.backend.close()
     with pytest.raises((EOFError, ConnectionError)):
         driver.frontend.receive()
+
+
+def test_the_backend_cannot_shorten_the_rings_in_between():
+    """Touching them would kill the proxy."""
+    rings = ShadowMemory()
+    with pytest.raises(PermissionError):
+        os.ftruncate(rings.fd, 0)
+    rings.close()
 
 
 def test_no_backend(tmp_path):
