@@ -3,12 +3,17 @@
 It owns the list of regions and their mappings; each change makes a new immutable
 `GuestMemory`, and old mappings live as long as something points into them.  It must not
 know rings.
+
+To touch a mapping beyond its file's end kills the process (SIGBUS).  So only what has a known
+length is mapped, no further than that; a file that its frontend makes shorter afterwards still kills.
+Frontends seal theirs, or are trusted with that.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+from stat import S_ISCHR, S_ISREG
 
 from .._native.vring import GuestMemory
 from ..errors import RemoteProtocolError
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     Region = MemRegion | SingleRegion
 
 MAX_SLOTS = 509  # what rust-vmm's backends answer; KVM has about as many
+CHARACTER_DEVICES = "/sys/dev/char"
 
 
 def map_region(region: Region, fd: int) -> memoryview:
@@ -33,16 +39,35 @@ def map_region(region: Region, fd: int) -> memoryview:
 def map_file(fd: int, offset: int, size: int, what: str) -> memoryview:
     """Map a part of a file that the frontend sent; the view keeps the mapping alive.
 
-    RemoteProtocolError when the file is shorter: touching it would kill us.
+    RemoteProtocolError when it is no file with such a part, huge pages and device DAX included.
     """
     if not size:  # to mmap, 0 would mean the whole file
         raise RemoteProtocolError(f"{what} is empty")
+    length = _length(fd, what)
+    if offset + size > length:
+        raise RemoteProtocolError(
+            f"{what} ends at {offset + size:#x} of its file, which has {length:#x} bytes"
+        )
     slack = offset % mmap.ALLOCATIONGRANULARITY
     try:
         mapping = mmap.mmap(fd, size + slack, mmap.MAP_SHARED, offset=offset - slack)
     except (OSError, ValueError, OverflowError) as error:
         raise RemoteProtocolError(f"{what} cannot be mapped: {error}") from None
     return memoryview(mapping)[slack:]
+
+
+def _length(fd: int, what: str) -> int:
+    try:
+        status = os.fstat(fd)
+        if S_ISREG(status.st_mode):
+            return status.st_size
+        folder = f"{CHARACTER_DEVICES}/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        if S_ISCHR(status.st_mode) and os.readlink(f"{folder}/subsystem").endswith("/dax"):
+            with open(f"{folder}/size") as file:
+                return int(file.read())
+    except OSError as error:
+        raise RemoteProtocolError(f"{what} is in something unknown: {error.strerror}") from None
+    raise RemoteProtocolError(f"{what} is in something that is no file")
 
 
 class MemoryTable:

@@ -507,15 +507,6 @@ def empty_region(frontend, ram):
     frontend.tell("SET_MEM_TABLE", MemTable((MemRegion(0, 0, 0, 0),)), [ram.fd])
 
 
-def memory_that_is_no_file(frontend, ram):
-    reader, writer = os.pipe()
-    try:
-        frontend.tell("SET_MEM_TABLE", MemTable((MemRegion(0, 4096, 0, 0),)), [reader])
-    finally:
-        os.close(reader)
-        os.close(writer)
-
-
 def absent_region_removed(frontend, ram):
     frontend.tell("REM_MEM_REG", SingleRegion(5, 6, 7, 0))
 
@@ -531,7 +522,6 @@ def backend_channel_that_is_no_socket(frontend, ram):
         region_over_the_end_of_the_world,
         overlapping_regions,
         empty_region,
-        memory_that_is_no_file,
         absent_region_removed,
         backend_channel_that_is_no_socket,
     ],

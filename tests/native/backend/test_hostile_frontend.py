@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import socket
@@ -14,8 +15,10 @@ pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not buil
 
 from native.backend.test_connection import Bench, Upper
 
+from pyvmm.backend import memory
 from pyvmm.backend.echo import Echo
-from pyvmm.vhost_user.payloads import VringFile
+from pyvmm.errors import RemoteProtocolError
+from pyvmm.vhost_user.payloads import Inflight, MemRegion, MemTable, VringFile
 
 FULL = (1 << 64) - 2
 
@@ -53,6 +56,14 @@ def file():
     return os.open("/etc/passwd", os.O_RDONLY)
 
 
+def zeros():
+    return os.open("/dev/zero", os.O_RDWR)
+
+
+def nothing():
+    return os.open("/dev/null", os.O_RDWR)
+
+
 def pipe():
     reader, writer = os.pipe()
     os.close(writer)
@@ -73,15 +84,59 @@ def nested_epolls():
     return os.dup(chain[-1].fileno())
 
 
-@pytest.mark.parametrize("name", ["SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR"])
-@pytest.mark.parametrize("make", [only_a_path, file, pipe, peer, nested_epolls])
-def test_what_is_no_eventfd_costs_the_connection(bench, name, make):
-    frontend, fd = bench.ready(), make()
+NO_FILES = [only_a_path, zeros, nothing, pipe, peer, nested_epolls]
+
+
+def costs_the_connection(bench, fd, name, payload):
+    frontend = bench.ready()
     with pytest.raises((EOFError, ConnectionError)):
-        frontend.tell(name, VringFile(0, True), [fd])
+        frontend.tell(name, payload, [fd])
         frontend.number("GET_FEATURES")
     os.close(fd)
     check_works(bench)
+
+
+@pytest.mark.parametrize("name", ["SET_VRING_KICK", "SET_VRING_CALL", "SET_VRING_ERR"])
+@pytest.mark.parametrize("make", [*NO_FILES, file])
+def test_what_is_no_eventfd(bench, name, make):
+    costs_the_connection(bench, make(), name, VringFile(0, True))
+
+
+def virtual_cpu():
+    """Its mapping has a few pages, whatever is asked for."""
+    try:
+        kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"/dev/kvm: {error.strerror}")
+    machine = fcntl.ioctl(kvm, 0xAE01, 0)  # KVM_CREATE_VM
+    cpu = fcntl.ioctl(machine, 0xAE41, 0)  # KVM_CREATE_VCPU
+    os.close(machine)
+    os.close(kvm)
+    return cpu
+
+
+@pytest.mark.parametrize("offset", [0, 1 << 40])
+@pytest.mark.parametrize("make", [*NO_FILES, virtual_cpu, lambda: os.memfd_create("empty")])
+def test_memory_in_what_is_no_file(bench, make, offset):
+    region = MemRegion(0, 1 << 20, 0, offset)
+    costs_the_connection(bench, make(), "SET_MEM_TABLE", MemTable((region,)))
+
+
+@pytest.mark.parametrize("make", [*NO_FILES, virtual_cpu, lambda: os.memfd_create("empty")])
+def test_in_flight_area_in_what_is_no_file(bench, make):
+    costs_the_connection(bench, make(), "SET_INFLIGHT_FD", Inflight(1 << 20, 0, 2, 16))
+
+
+def test_memory_on_a_dax_device_is_as_long_as_sysfs_says(tmp_path, monkeypatch):
+    """With /dev/zero, which can be mapped like one, in its place."""
+    monkeypatch.setattr(memory, "CHARACTER_DEVICES", str(tmp_path))
+    (tmp_path / "1:5").mkdir()
+    (tmp_path / "1:5" / "subsystem").symlink_to("../../bus/dax")
+    (tmp_path / "1:5" / "size").write_text("8192\n")
+    with open("/dev/zero", "r+b") as zero:
+        assert len(memory.map_file(zero.fileno(), 0, 8192, "it")) == 8192
+        with pytest.raises(RemoteProtocolError, match="0x2000 bytes"):
+            memory.map_file(zero.fileno(), 4096, 8192, "it")
 
 
 def test_two_queues_with_one_kick_descriptor_that_blocks(tmp_path):
