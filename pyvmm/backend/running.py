@@ -42,6 +42,7 @@ class RunningQueues:
         self._features = features
         self._begun: set[Queue] = set()  # between the device's `on_start` and `on_stop`
         self._polled: set[Queue] = set()
+        self._unfinished: set[Queue] = set()  # a timer will serve them again
 
     def close(self) -> None:
         """Forget everything; the queues were stopped before."""
@@ -200,5 +201,10 @@ class RunningQueues:
             return
         queue.again = False
         queue.hand_to(self._device.on_queue)
-        if queue.again:
-            self._loop.call_later(0, lambda: self._serve(queue))
+        if queue.again and queue not in self._unfinished:
+            self._unfinished.add(queue)
+            self._loop.call_later(0, lambda: self._go_on(queue))
+
+    def _go_on(self, queue: Queue) -> None:
+        self._unfinished.discard(queue)
+        self._serve(queue)

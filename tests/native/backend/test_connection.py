@@ -307,6 +307,27 @@ def test_more_chains_than_one_turn_takes(bench):
         assert queue.wait()
 
 
+def test_driver_that_kicks_all_the_time_does_not_pile_up_work(bench):
+    frontend, queue, turns = bench.ready(), bench.queue(event_idx=True), []
+
+    def on_queue(device_queue):
+        for _ in device_queue:  # what a driver on another CPU does meanwhile
+            queue.offer(0)
+            queue.kick()
+        turns.append(len(bench.loop._timers))
+        device_queue.enabled = len(turns) < 500
+
+    bench.device.on_queue = on_queue
+    queue.descriptor(0, 64, 4)
+    for _ in range(16):
+        queue.offer(0)
+    frontend.start(0, queue)
+    end = time.monotonic() + 10
+    while len(turns) < 500 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert len(turns) >= 500 and max(turns) <= 2
+
+
 def test_memory_regions_come_and_go_one_by_one(bench):
     frontend = bench.connect()
     frontend.negotiate()
