@@ -78,7 +78,7 @@ class Connection:
             device.offer(device.features | TRANSPORT_FEATURES), protocol_features(device)
         )
         self.agreed.lenient = True
-        self._running = RunningQueues(device, loop, lambda: self.agreed.virtio_acked)
+        self._running = RunningQueues(device, loop, lambda: self.agreed.virtio_acked, self.hang_up)
         self.queues = self._running.queues
         self._on_end = on_end
         self._channel = Channel(sock)
@@ -96,8 +96,21 @@ class Connection:
         if self.closed:
             return
         self.closed = True
-        self._running.stop_all()
-        self.device.on_disconnect()
+        try:
+            self._end_device()
+        finally:
+            self._release()
+
+    def _end_device(self) -> None:
+        try:
+            self._running.stop_all()
+        except RemoteProtocolError as error:
+            log.warn(f"{type(self.device).__name__.lower()} backend: at the end of a connection: {error}")
+        finally:
+            self.device.on_disconnect()
+
+    def _release(self) -> None:
+        """Let go of everything, so that the frontend sees the end."""
         self.device.connection = None
         self.loop.remove_reader(self._channel.fileno())
         self._channel.close()
@@ -106,11 +119,11 @@ class Connection:
         if self._backend_channel is not None:
             self._backend_channel.close()
 
-    def hang_up(self) -> None:
+    def hang_up(self, reason: str = "") -> None:
         """End the connection from our side, with whatever the frontend makes of that."""
         if not self.closed:
             self.close()
-            self._on_end("")
+            self._on_end(reason)
 
     def send_config_change(self) -> None:
         """CONFIG_CHANGE_MSG, when the frontend listens for it."""
@@ -147,11 +160,12 @@ class Connection:
                 if message is None:
                     return
                 self._handle(message)
+                if self.closed:
+                    return  # the device hung up
         except RemoteProtocolError as error:
             # a frontend may go at any time between messages: nothing to report
             silent = isinstance(error, BackendLost) and decoder.idle
-            self.close()
-            self._on_end("" if silent else str(error))
+            self.hang_up("" if silent else str(error))
 
     def _handle(self, message: Message) -> None:
         try:
@@ -160,7 +174,8 @@ class Connection:
             if handler is None:
                 raise RemoteProtocolError(f"{message.request.name} is not served")
             data = self._outcome(handler, message)
-            self._channel.send(data, self._reply_fds)
+            if not self.closed:
+                self._channel.send(data, self._reply_fds)
         finally:
             message.close()
             while self._reply_fds:

@@ -98,12 +98,13 @@ class ProxyConnection(Connection):
         try:
             self.behind = self._connected(device.to)
         except OSError as error:
-            log.warn(f"proxy: {device.to}: {error.strerror}")
+            log.warn(f"proxy: {device.to}: {error.strerror or error}")
             loop.call_later(0, self.hang_up)
 
     def _connected(self, path: str) -> Behind:
         sock = socket(AF_UNIX, SOCK_STREAM)
         try:
+            sock.setblocking(False)  # one that has too many clients already is not waited for
             sock.connect(path)
         except BaseException:
             sock.close()
@@ -117,22 +118,23 @@ class ProxyConnection(Connection):
 
     def _on_lost(self) -> None:
         """The backend closed the connection, or speaks though nobody asked."""
-        if not self.closed:
-            log.warn("proxy: the backend is gone")
-            self.hang_up()
+        self.hang_up("the backend is gone, or speaks out of turn")
 
-    def close(self) -> None:
-        if self.closed:
-            return
-        super().close()
+    def _release(self) -> None:
+        self._end_relay()
+        super()._release()
         if self.behind is not None:
             self.loop.remove_reader(self.behind.channel.fileno())
             self.behind.close()
-        if self._relay is not None:
-            self._relay.close()
         for ring in self.rings.values():
             ring.close()
         self.shadow.close()
+
+    def _end_relay(self) -> None:
+        if self._relay is not None:
+            if self._backend_channel is not None:
+                self._backend_channel.shutdown()  # where it may wait for the frontend
+            self._relay.close()
 
     def ring(self, index: int) -> ShadowRing:
         """The shadow ring of a virtqueue."""
@@ -205,8 +207,7 @@ class ProxyConnection(Connection):
         return VringFile(payload.index, True), [self.ring(payload.index).call_fd]
 
     def _to_requests(self, payload: Payload, fds: Sequence[int]) -> Sent:
-        if self._relay is not None:
-            self._relay.close()
+        self._end_relay()
         assert self.behind is not None
         self._relay = Relay(self, self.behind.negotiation, self.device.recorder)
         return payload, [self._relay.theirs.fileno()]
@@ -312,8 +313,10 @@ class Proxy(Device):
     def on_stop(self, queue: Queue) -> None:
         connection = self._proxied()
         connection.loop.remove_reader(connection.ring(queue.index).call_fd)
-        self._collect(queue)
-        self._chains = {key: chain for key, chain in self._chains.items() if key[0] != queue.index}
+        try:
+            self._collect(queue)
+        finally:
+            self._chains = {key: chain for key, chain in self._chains.items() if key[0] != queue.index}
 
     def _proxied(self) -> ProxyConnection:
         assert isinstance(self.connection, ProxyConnection)
@@ -325,8 +328,7 @@ class Proxy(Device):
         try:
             self._collect(queue)
         except RemoteProtocolError as error:
-            log.warn(f"proxy: the backend: {error}")
-            connection.hang_up()
+            connection.hang_up(f"the backend: {error}")
 
     def _collect(self, queue: Queue) -> None:
         """Give the driver what the backend has given back."""

@@ -9,6 +9,7 @@ What a guest may have caused, such as ring addresses outside its memory, is `Ref
 from __future__ import annotations
 
 from .. import eventfd
+from ..errors import RemoteProtocolError
 from .inflight import map_areas
 from .memory import MemoryTable
 from .queue import Queue
@@ -32,14 +33,20 @@ class Refused(Exception):
 
 
 class RunningQueues:
-    """The queues of `device`, in `loop`; `features` gives the virtio features acked so far."""
+    """The queues of `device`, in `loop`; `features` gives the virtio features acked so far.
 
-    def __init__(self, device: Device, loop: DeviceLoop, features: Callable[[], int]) -> None:
+    `fail` hears of a peer's misbehaviour that a device finds while the loop has it serve a queue.
+    """
+
+    def __init__(
+        self, device: Device, loop: DeviceLoop, features: Callable[[], int], fail: Callable[[str], None]
+    ) -> None:
         self.queues = tuple(Queue(index, size) for index, size in enumerate(device.queue_sizes))
         self.memory = MemoryTable()
         self._device = device
         self._loop = loop
         self._features = features
+        self._fail = fail
         self._begun: set[Queue] = set()  # between the device's `on_start` and `on_stop`
         self._polled: set[Queue] = set()
         self._unfinished: set[Queue] = set()  # a timer will serve them again
@@ -148,15 +155,24 @@ class RunningQueues:
         return any(queue.running for queue in self.queues)
 
     def stop(self, queue: Queue) -> int:
-        """End `queue`; the base from which it could go on."""
-        self._end(queue)
-        self._unwatch(queue)
-        return queue.stop()
+        """End `queue`, whatever the device says to that; the base from which it could go on."""
+        try:
+            self._end(queue)
+        finally:
+            self._unwatch(queue)
+            base = queue.stop()
+        return base
 
     def stop_all(self) -> None:
-        """End every queue."""
+        """End every queue; what the device raised first comes after that."""
+        errors = []
         for queue in self.queues:
-            self.stop(queue)
+            try:
+                self.stop(queue)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _begin(self, queue: Queue) -> None:
         """Tell the device, if it does not know yet, that the queue runs."""
@@ -169,8 +185,10 @@ class RunningQueues:
         if queue in self._begun:
             self._begun.discard(queue)
             queue.ending = True
-            queue.hand_to(self._device.on_stop)
-            queue.ending = False
+            try:
+                queue.hand_to(self._device.on_stop)
+            finally:
+                queue.ending = False
             queue.notify()
 
     def _watch(self, queue: Queue) -> None:
@@ -187,14 +205,20 @@ class RunningQueues:
 
     def _poll(self, queue: Queue) -> None:
         if queue.running and queue.kick_fd < 0:
-            self._serve(queue)
+            self._turn(queue)
             self._loop.call_later(POLL_SECONDS, lambda: self._poll(queue))
         else:
             self._polled.discard(queue)
 
     def _on_kick(self, queue: Queue) -> None:
         eventfd.drain(queue.kick_fd)  # of two queues with the same one, each is served
-        self._serve(queue)
+        self._turn(queue)
+
+    def _turn(self, queue: Queue) -> None:
+        try:
+            self._serve(queue)
+        except RemoteProtocolError as error:
+            self._fail(str(error))
 
     def _serve(self, queue: Queue) -> None:
         if not queue.running:
@@ -207,4 +231,4 @@ class RunningQueues:
 
     def _go_on(self, queue: Queue) -> None:
         self._unfinished.discard(queue)
-        self._serve(queue)
+        self._turn(queue)

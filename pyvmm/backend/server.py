@@ -45,12 +45,14 @@ class Server:
 
     def close(self) -> None:
         """End the connection, then the device, and close what was listened on."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._listener is not None:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
-        self._device.close()
+        try:
+            if self._connection is not None:
+                self._connection.close()
+        finally:
+            if self._listener is not None:
+                self._loop.remove_reader(self._listener.fileno())
+                self._listener.close()
+            self._device.close()
 
     def _connect(self, sock: socket) -> None:
         make = self._device.connection_class or Connection

@@ -39,11 +39,14 @@ class ShadowMemory:
         self.fd = os.memfd_create("pyvmm-shadow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, BYTES)
         fcntl(self.fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)  # the backend has it, too
-        self.view = memoryview(mmap.mmap(self.fd, BYTES))
+        self._mapping = mmap.mmap(self.fd, BYTES)
+        self.view = memoryview(self._mapping)
 
     def close(self) -> None:
-        """Close the file; the mapping goes with the last ring."""
+        """Unmap and close the file; each ring was closed before."""
         if self.fd >= 0:
+            self.view.release()
+            self._mapping.close()
             os.close(self.fd)
             self.fd = -1
 
@@ -87,6 +90,8 @@ class ShadowRing:
             yield self._used[at], self._used[at + 1]
 
     def close(self) -> None:
-        """Close both eventfds."""
+        """Close both eventfds, and leave the memory."""
+        for view in (self._avail, self._used_index, self._used):
+            view.release()
         os.close(self.kick_fd)
         os.close(self.call_fd)

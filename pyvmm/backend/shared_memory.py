@@ -7,6 +7,7 @@ not know what is in the files.
 
 from __future__ import annotations
 
+from ..errors import LocalProtocolError
 from ..vhost_user.payloads import Mmap
 
 TYPE_CHECKING = False
@@ -20,8 +21,9 @@ class SharedMemory:
     """What `device` has mapped (virtio 1.3, section 2.10).
 
     Its class names sizes of regions as `shared_memory`.
-    Each call waits for the frontend.  OSError when that refuses: the errno is the status, if it
-    is a frontend that says why.
+    Each call waits for the frontend.  OSError when that refuses, or has not agreed to any (SHMEM): the
+    errno is the status, if it is a frontend that says why.  BackendLost when it does not answer, which
+    out of `Device.on_queue` costs the connection.
     """
 
     def __init__(self, device: Device) -> None:
@@ -52,6 +54,9 @@ class SharedMemory:
         connection = self._device.connection
         if connection is None:
             raise OSError(f"{name}: no frontend is connected")
-        status = connection.ask(name, request, fds)
+        try:
+            status = connection.ask(name, request, fds)
+        except LocalProtocolError as error:
+            raise OSError(f"{name}: {error}") from None
         if status:
             raise OSError(status, f"{name}: the frontend refused")
