@@ -356,6 +356,9 @@ cdef class GuestMemory:
         return FINE
 
 
+cdef GuestMemory NOTHING_MAPPED = GuestMemory()
+
+
 cdef list arrays_of(list views, dtype):
     from numpy import frombuffer        # costs more than a guest's start: only who asks pays
 
@@ -389,8 +392,10 @@ cdef class Chain:
     cdef Token token
     cdef readonly bint pushed
 
-    def __cinit__(self):
+    def __cinit__(self, Ring ring not None):
         segments_start(&self.parts)
+        self.ring = ring
+        self.memory = ring.memory
 
     def __dealloc__(self):
         segments_free(&self.parts)
@@ -537,6 +542,8 @@ cdef class Ring:
     In packed rings these are the descriptor ring, the driver's and the device's event
     suppression structures.  A ring that is misaligned or not inside one mapped region, or
     whose size the format does not allow, raises ValueError.  Use it from one thread at a time.
+
+    Subclasses begin in `__cinit__`, so that there is no ring without a place.
     """
 
     cdef GuestMemory memory
@@ -550,6 +557,9 @@ cdef class Ring:
     cdef readonly bint resumed
     cdef readonly uint16_t next_avail
     cdef readonly uint16_t next_used
+
+    def __cinit__(self):
+        self.memory = NOTHING_MAPPED
 
     def move(self, GuestMemory memory not None, uint64_t desc, uint64_t avail, uint64_t used):
         """Go on in other memory at the same indices: the frontend changed its regions."""
@@ -578,13 +588,11 @@ cdef class Ring:
         cdef Verdict verdict
         if not self.running or not self.available():
             return None
-        chain = Chain.__new__(Chain)
+        chain = Chain.__new__(Chain, self)
         verdict = self.take(&chain.parts, &chain.token)
         if verdict != FINE:
             self.running = False
             raise RingError(f"virtqueue: {VERDICTS[<int> verdict]} (head {chain.token.head})")
-        chain.ring = self
-        chain.memory = self.memory
         return chain
 
     def enable_kicks(self):
@@ -596,8 +604,13 @@ cdef class Ring:
         return self.wants_call()
 
     def use(self, uint16_t head, uint64_t length, uint16_t slots=1):
-        """Put any element on the used ring, right or wrong, of so many descriptors: for tests of drivers."""
+        """Put any element on the used ring, right or wrong, of so many descriptors: for tests of drivers.
+
+        ValueError when the ring does not have so many.
+        """
         cdef Token token
+        if not 0 < slots <= self.size:
+            raise ValueError(f"{slots} descriptors of a ring of {self.size}")
         token.head, token.slots = head, slots
         self.complete(&token, length)
 
@@ -698,7 +711,7 @@ cdef class VRing(Ring):
     cdef uint32_t again_at
     cdef uint64_t fresh             # chains taken from the available ring
 
-    def __init__(
+    def __cinit__(
         self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
         uint32_t base=0, bint event_idx=False, bint indirect=False, inflight=None
     ):
@@ -889,7 +902,7 @@ cdef class PackedRing(Ring):
     cdef uint64_t taken             # chains in all
     cdef uint16_t *slots            # of the last `size` chains, for `rewind`
 
-    def __init__(
+    def __cinit__(
         self, GuestMemory memory not None, uint32_t size, uint64_t desc, uint64_t avail, uint64_t used, *,
         uint32_t base=0x8000_8000, bint event_idx=False, bint indirect=False
     ):

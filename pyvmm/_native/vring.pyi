@@ -16,6 +16,7 @@ class GuestMemory:
 
 @final
 class Chain:
+    def __init__(self, ring: Ring) -> None: ...
     @property
     def head(self) -> int: ...
     @property

@@ -329,3 +329,16 @@ def test_random_rings_are_safe(make, kind):
                 ring.should_call()
         except vring.RingError:
             continue
+
+
+def test_elements_of_many_descriptors_stay_in_the_ring(make, ram):
+    """What comes after the ring is somebody else's."""
+    queue, ring = make(4)
+    before = bytes(ram.data)
+    with pytest.raises(ValueError, match="60000 descriptors of a ring of 4"):
+        ring.use(0, 0, 60_000)
+    for slots in (4, 3, 2, 1) * 5:
+        ring.use(0, 0, slots)
+        assert ring.next_used < 4
+    end = queue.desc + 16 * queue.size
+    assert ram.data[end:] == before[end:]
