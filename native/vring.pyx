@@ -406,6 +406,11 @@ cdef class Chain:
         return self.token.head
 
     @property
+    def slots(self):
+        """How many descriptors of the ring it takes, for `Ring.use`; of a split ring always 1."""
+        return self.token.slots
+
+    @property
     def readable(self):
         """Device-readable bytes that are left to read."""
         return self.parts.readable - self.read_at
@@ -484,11 +489,24 @@ cdef class Chain:
         self.write_at += count
 
     def push(self, length=None):
-        """Give the chain back (section 2.7.8); `length` overrides the count of written bytes."""
+        """Give the chain back (section 2.7.8); `length` overrides the count of written bytes.
+
+        ValueError, and nothing is done, when it was given back before or `used_length` finds it wrong.
+        """
+        cdef uint64_t used
         if self.pushed:
             raise ValueError("the chain was already given back to the driver")
+        used = self.write_at if length is None else self.used_length(length)
         self.pushed = True
-        self.ring.complete(&self.token, self.write_at if length is None else length)
+        self.ring.complete(&self.token, used)
+
+    def used_length(self, length=None):
+        """What `push(length)` tells the driver (section 2.7.8); ValueError when there is no room for it."""
+        if length is None:
+            return self.write_at
+        if not 0 <= length <= self.parts.writable:
+            raise ValueError(f"{length} bytes in a chain with room for {self.parts.writable}")
+        return length
 
     cdef void _copy(
         self, uint32_t first, uint32_t end, uint64_t skip, char *data, uint64_t count, bint to_guest
@@ -686,6 +704,8 @@ cdef class Ring:
         else:
             out.readable += item.length
             out.readable_count = out.count
+        if out.readable + out.writable > <uint64_t> 1 << 32:
+            return TOO_LONG     # section 2.7.5.1: what a used length of 32 bits could not tell
         return verdict
 
 

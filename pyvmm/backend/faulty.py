@@ -127,8 +127,8 @@ class FaultyChain:
         """Give it back, or what its fault makes of that."""
         if self.pushed:
             raise ValueError("the chain was already given back to the driver")
+        self.length = self.chain.used_length(length)
         self.pushed = True
-        self.length = self.chain.written if length is None else length
         self.ring.returned(self)
 
     def note(self) -> None:
@@ -167,7 +167,8 @@ def short_write(item: FaultyChain) -> None:
 
 def used_len(item: FaultyChain) -> None:
     """The used length is more than the chain had room for."""
-    item.chain.push(item.chain.written + item.chain.writable + BEYOND)
+    chain = item.chain
+    item.ring.ring.use(chain.head, chain.written + chain.writable + BEYOND, chain.slots)
 
 
 def bad_used_id(item: FaultyChain) -> None:

@@ -338,8 +338,15 @@ class Proxy(Device):
                 raise RemoteProtocolError(f"virtqueue {queue.index}: the backend does not have chain {head}")
             if self.recorder is not None:
                 self.recorder.add("used", queue=queue.index, head=head, length=length)
-            chain.push(length)
+            self._give_back(queue, chain, length)
         queue.notify()
+
+    def _give_back(self, queue: Queue, chain: Chain, length: int) -> None:
+        assert queue.ring is not None
+        if length <= chain.writable:  # which is all its room: the proxy writes nothing
+            chain.push(length)
+        else:
+            queue.ring.use(chain.head, length, chain.slots)  # the backend's lie, for the driver to see
 
     def _record_chain(self, queue: Queue, chain: Chain) -> None:
         if self.recorder is not None:

@@ -13,7 +13,7 @@ from pyvmm import backend
 
 CLASSES = (backend.Chain, backend.ConfigSpace, backend.Device, backend.Queue, backend.SharedMemory)
 SECTIONS = {  # of virtio 1.3, and words for what only vhost-user knows
-    "Chain": ("2.7.4", {"push": "2.7.8", "written": "2.7.8"}),
+    "Chain": ("2.7.4", {"push": "2.7.8", "used_length": "2.7.8", "written": "2.7.8"}),
     "ConfigSpace": ("2.5", {}),
     "Device": (
         "5",

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
 
-from fakes.ring_driver import DriverQueue, Ram, RawFrontend
+from fakes.packed_driver import FRESH, PackedQueue
+from fakes.ring_driver import RING_PACKED, DriverQueue, Ram, RawFrontend
 
 from pyvmm.backend import ConfigSpace, Device, DeviceThread, spawn
 from pyvmm.backend.faults import Faults
@@ -119,6 +120,43 @@ def test_used_ring_shows_the_fault(plug, fault):
     assert driver.called()
     assert driver.used() == SEEN[fault](*heads)
     assert [(hit.number, hit.queue, hit.fault) for hit in faults.hits] == [(1, 0, fault)]
+
+
+def test_a_false_length_in_a_packed_ring_is_in_its_place():
+    device = Upper()
+    Faults(used_len={0}).attach(device)
+    with DeviceThread(device) as thread:
+        ram, frontend = Ram(), RawFrontend(thread.take_socket())
+        frontend.negotiate(1 << 30 | 1 << 32 | RING_PACKED)
+        frontend.share(ram)
+        queue = PackedQueue(ram, 16)
+        assert frontend.start(0, queue, base=FRESH) == 0
+        for text in (b"abc", b"def"):
+            queue.add([text, text], [2, 4])
+        queue.kick()
+        got = []
+        while len(got) < 2:
+            got += [data for _, data in queue.wait()]
+        assert got == [b"ABCABC", b"DEFDEF"]
+        for thing in (frontend, queue, ram):
+            thing.close()
+
+
+def test_a_wrong_length_is_refused_before_its_fault(plug):
+    driver, faults = plug(drop={0})
+    told = []
+
+    def on_queue(queue):
+        for chain in queue:
+            for length in (-1, 3):
+                with pytest.raises(ValueError, match="room for 2"):
+                    chain.push(length)
+            told.append(chain.pushed)
+
+    driver.device.on_queue = on_queue
+    driver.send(b"ab")
+    driver.settle()
+    assert told == [False] and [hit.fault for hit in faults.hits] == ["drop"]
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,21 @@ def test_lost_call(plug):
     assert driver.called()
 
 
+class Boasting(Upper):
+    """Says that it wrote more than there is room for."""
+
+    def on_queue(self, queue):
+        for chain in queue:
+            queue.keep(chain)
+            queue.ring.use(chain.head, 5000)
+
+
+def test_a_backends_own_lie_is_for_the_driver_to_see(plug):
+    driver = plug(make=Boasting)
+    heads = driver.send(b"ab", b"cd")
+    assert until(driver, 2) == [(head, 5000) for head in heads]
+
+
 def test_needs_reset_ends_the_frontends_connection_alone(plug):
     driver = plug(needs_reset={0})
     driver.send(b"ab")
