@@ -118,6 +118,8 @@ class Connection:
         self._running.close()
         if self._backend_channel is not None:
             self._backend_channel.close()
+        if self._transfer is not None:
+            self._transfer.close()
 
     def hang_up(self, reason: str = "") -> None:
         """End the connection from our side, with whatever the frontend makes of that."""
