@@ -54,6 +54,7 @@ class Relay:
                     self._pass(message)
         except (RemoteProtocolError, LocalProtocolError, OSError, ValueError) as error:
             log.debug(f"proxy: no more requests of the backend: {error}")
+        self._responder.decoder.close()
         self._channel.shutdown()  # the backend may wait for an ack
 
     def _pass(self, message: Message) -> None:

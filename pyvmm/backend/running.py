@@ -172,7 +172,8 @@ class RunningQueues:
             except Exception as error:
                 errors.append(error)
         if errors:
-            raise errors[0]
+            del errors[1:]
+            raise errors.pop()  # which this frame must not keep: it would keep the guest's memory
 
     def _begin(self, queue: Queue) -> None:
         """Tell the device, if it does not know yet, that the queue runs."""

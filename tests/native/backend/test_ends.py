@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
 
 pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
 
-from fakes.census import leaves_nothing
+from fakes.census import leaves_nothing, mappings
 from fakes.ring_driver import DriverQueue, Ram, RawFrontend
 from native.backend.test_connection import Bench, Upper, check_works
 
@@ -100,6 +101,34 @@ def test_a_peer_that_a_device_finds_wrong_at_the_end_costs_the_connection(tmp_pa
     for queue in queues:
         queue.close()
     assert capfd.readouterr().err.count("it lies\n") == 2  # at the end of the second, too
+
+
+class Holding(Upper):
+    """Has a ring in the frame that raises."""
+
+    def on_stop(self, queue):
+        ring = queue.ring
+        if ring.running:
+            raise RemoteProtocolError("it lies")
+
+
+def test_the_memory_is_unmapped_with_the_connection_whatever_was_raised(tmp_path):
+    """At once, and not when the garbage collector finds it."""
+    bench = Bench(Holding(), str(tmp_path / "sock"))
+    gc.disable()
+    try:
+        for _ in range(3):
+            frontend = bench.connect()
+            queues = run_both(frontend, bench.ram)
+            frontend.close()
+            bench.connect().number("GET_FEATURES")
+            bench.frontends[-1].close()
+            assert mappings()["/memfd:ring-driver (deleted)"] == 1  # the driver's own
+            for queue in queues:
+                queue.close()
+    finally:
+        gc.enable()
+        bench.close()
 
 
 class Windowed(Upper):

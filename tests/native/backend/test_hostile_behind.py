@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -81,6 +82,29 @@ def test_chains_that_the_backend_does_not_have(benches, at_the_end, count):
             frontend.close()
     behind.device.honest = True
     check_works(proxy.ready(), proxy.queue(event_idx=True))
+
+
+class Cut(Upper):
+    """Begins a request of its own, with a descriptor, and says no more."""
+
+    def on_queue(self, queue):
+        for _ in queue:
+            fd = os.memfd_create("half a request")
+            self.connection._backend_channel.send(b"\1", [fd])
+            os.close(fd)
+
+
+def test_half_a_request_of_the_backend_is_forgotten_whole(benches):
+    """`benches` counts descriptors."""
+    _, proxy = benches(Cut())
+    for _ in range(3):
+        frontend, queue = proxy.ready(), proxy.queue(event_idx=True)
+        with frontend.backend_channel():
+            frontend.start(0, queue)
+            queue.add([b"abc"], [3])
+            queue.kick()
+            assert queue.wait()
+            frontend.close()
 
 
 @pytest.mark.parametrize("how", ["closes", "has another channel"])
