@@ -102,6 +102,7 @@ cdef enum:
     EVENTS_OFF = 1
     EVENTS_AT = 2
     INLINE_SEGMENTS = 8
+    ECHO_BATCH = 64 << 20   # bytes, until it is time to see whether to stop
 
 cdef enum Verdict:
     FINE = 0
@@ -657,17 +658,19 @@ cdef class Ring:
         return count
 
     cdef Verdict echo_batch(self, Segments *parts, int call_fd, uint64_t *count) noexcept nogil:
-        """Echo what is available now, at most one ring full."""
+        """Echo what is available now, at most one ring full and not much more than ECHO_BATCH."""
         cdef Verdict verdict
         cdef Token token
-        cdef uint64_t one = 1
+        cdef uint64_t one = 1, echoed, bytes = 0
         cdef uint32_t turns = self.size
-        while turns and self.available():
+        while turns and bytes < ECHO_BATCH and self.available():
             segments_clear(parts)
             verdict = self.take(parts, &token)
             if verdict != FINE:
                 return verdict
-            self.complete(&token, segments_echo(parts))
+            echoed = segments_echo(parts)
+            self.complete(&token, echoed)
+            bytes += echoed
             count[0] += 1
             turns -= 1
         if self.wants_call() and call_fd >= 0:

@@ -85,3 +85,20 @@ def test_elements_of_more_descriptors_than_the_ring_has(pair, slots):
     with pytest.raises(ValueError, match=f"{slots} descriptors of a ring of 8"):
         ring.use(0, 0, slots)
     assert queue.collect() == []
+
+
+def test_a_driver_cannot_keep_the_echo_from_stopping():
+    """A chain may have gigabytes, all in the same place; a ring full of them takes minutes."""
+    ram = Ram(8 << 20)
+    queue = DriverQueue(ram, 8)
+    memory = vring.GuestMemory([(0, USER_BASE, ram.data)])
+    places = (USER_BASE + at for at in (queue.desc, queue.avail, queue.used))
+    ring = vring.VRing(memory, 8, *places, indirect=True)
+    at = ram.alloc(1 << 20)
+    for _ in range(4):
+        queue.add_rows([(at, 1 << 20, flags) for flags in (0, WRITE) for _ in range(64)], indirect=True)
+    kick, stop = os.eventfd(0), os.eventfd(1)
+    assert ring.echo(kick, -1, stop) == 1
+    for fd in (kick, stop, ram.fd):
+        os.close(fd)
+    queue.close()
