@@ -36,6 +36,13 @@ def create(queues: int, size: int) -> tuple[Inflight, int]:
     """A fresh file for so many queues of so many entries, and its description (GET_INFLIGHT_FD)."""
     _check_counts(queues, size)
     length = queues * queue_bytes(size)
+    try:
+        return Inflight(length, 0, queues, size), _sealed(length)
+    except OSError as error:  # the frontend's memory regions may have taken all descriptors
+        raise RemoteProtocolError(f"no in-flight area can be made: {error.strerror}") from None
+
+
+def _sealed(length: int) -> int:
     fd = os.memfd_create("pyvmm-inflight", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, length)
@@ -43,7 +50,7 @@ def create(queues: int, size: int) -> tuple[Inflight, int]:
     except BaseException:
         os.close(fd)
         raise
-    return Inflight(length, 0, queues, size), fd
+    return fd
 
 
 def map_areas(description: Inflight, fd: int) -> Sequence[memoryview]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import struct
 from contextlib import suppress
 
@@ -225,6 +226,18 @@ def test_nothing_is_lost_over_random_crashes(seed):
 
 
 # -- the file ------------------------------------------------------------------------------
+
+
+def test_no_descriptor_is_left_for_a_file():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        with pytest.raises(RemoteProtocolError, match="Too many open files"):
+            inflight.create(1, 16)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_file_is_sealed_and_as_large_as_described():
