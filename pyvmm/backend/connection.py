@@ -120,6 +120,7 @@ class Connection:
             self._backend_channel.close()
         if self._transfer is not None:
             self._transfer.close()
+            self._transfer = None
 
     def hang_up(self, reason: str = "") -> None:
         """End the connection from our side, with whatever the frontend makes of that."""

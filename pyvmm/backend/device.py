@@ -33,7 +33,8 @@ class Device:
     twice says False, and then what it held when it was killed is lost to the driver.
 
     All methods are called in the serving thread.  An exception from one is taken for a bug in
-    the device and ends the serving.
+    the device and ends the serving.  A RemoteProtocolError is a peer's fault, such as the BackendLost of
+    a frontend that does not answer `SharedMemory`: from `on_queue` or `on_stop` it costs the connection.
     """
 
     device_id = 0
@@ -87,7 +88,8 @@ class Device:
 
         Anew when it is `fresh`, else it goes on from before a pause.
 
-        A `threaded` device is asked to stop and start again when an eventfd or memory changes.
+        A `threaded` device is asked to stop and start again when an eventfd or memory changes, and to
+        stop for as long as the queue is disabled.
         """
 
     def on_queue(self, queue: Queue) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 
@@ -14,7 +16,7 @@ from fakes.census import leaves_nothing
 from native.backend.test_connection import Bench
 from native.backend.test_serving import Counter, transfer
 
-from pyvmm.backend import state
+from pyvmm.backend import connection, state
 from pyvmm.vhost_user.payloads import U64
 
 SAVE, LOAD = 0, 1
@@ -89,3 +91,23 @@ def test_what_cannot_be_read_or_written(bench, direction, flags):
     frontend = bench.ready()
     assert transfer(frontend, direction, os.open("/tmp", flags)) == U64(0x100)
     assert frontend.ask("CHECK_DEVICE_STATE") == U64(1)
+
+
+def test_the_bytes_go_with_the_connection_and_not_with_the_collector(bench, monkeypatch):
+    made = []
+
+    def make(*arguments):
+        transfer = state.Transfer(*arguments)
+        made.append(weakref.ref(transfer))
+        return transfer
+
+    monkeypatch.setattr(connection, "Transfer", make)
+    gc.disable()
+    try:
+        frontend = bench.ready()
+        assert transfer(frontend, LOAD, os.open("/dev/null", os.O_RDONLY)) == U64(0x100)
+        frontend.close()
+        bench.ready().close()
+        assert [held() for held in made] == [None]
+    finally:
+        gc.enable()
