@@ -1,4 +1,4 @@
-"""What is fuzzed: codec, session, configuration space, a whole frontend, option texts.
+"""What is fuzzed: codec, session, configuration space, a whole frontend, backend and proxy, option texts.
 
 Each part turns an `Input` into calls and checks what must hold whatever comes.  `run` takes an
 input's first byte as the choice of a part: errors of the documented classes are an end like any other,
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from fuzz import frontend
+from fuzz import backend, frontend, proxy
 from fuzz.source import Input, Ledger, answer, descriptors, encoded, open_descriptors, payload
 
 from pyvmm import config as cfg
@@ -329,6 +329,8 @@ PARTS = {
     "config": Part(config),
     "frontend": Part(frontend.play, (ProtocolError, ConfigError)),
     "option": Part(option, (ConfigError,)),
+    "backend": Part(backend.play, ()),
+    "proxy": Part(proxy.play, ()),
 }
 NAMES = tuple(PARTS)
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from struct import pack
 
+from fuzz.backend import RIGHT, RUNS
+from fuzz.kinds import KINDS
 from fuzz.parts import NAMES
 from fuzz.source import ACK, OWN, Writer
 
@@ -206,9 +209,112 @@ def options() -> list[bytes]:
     return [part("option").byte(i).data + text.encode() for i, text in enumerate(texts)]
 
 
+def right(out: Writer, name: str, queue: int = 0, number: int = 0) -> Writer:
+    """A frontend's request as it should be, with an ack."""
+    return out.byte(_right(name), queue | 2).number(number)
+
+
+def _right(name: str) -> int:
+    return next(i for i, said in enumerate(RIGHT) if said.name == name)
+
+
+def other(out: Writer, name: str, kind: int) -> Writer:
+    """The same with a descriptor of another kind."""
+    what = next(what for what in range(0x40, 0x60) if what % len(RIGHT) == _right(name))
+    return out.byte(what, 2).number(0).byte(kind)
+
+
+def offer(out: Writer, *buffers: int, queue: int = 0) -> Writer:
+    """A chain of a driver's."""
+    out.byte(0xA0, queue)
+    for size in buffers:
+        out.number(size)
+    return out
+
+
+def scribble(out: Writer, at: int, data: bytes) -> Writer:
+    out.byte(0xC0, len(data)).number(at).data += data
+    return out
+
+
+def begun(device: int, features: int = 0) -> Writer:
+    """A device with a running queue."""
+    return part("backend").byte(device | 1 << 2 | features << 3)
+
+
+def backends() -> list[bytes]:
+    found = []
+    for device in range(4):
+        out = offer(offer(begun(device, 2), 3, 3), 0, 100)
+        for name, number in (("SET_VRING_CALL", 0), ("SET_MEM_TABLE", 0), ("SET_VRING_ADDR", 0)):
+            right(out, name, 0, number)
+        out.byte(_right("SET_VRING_ENABLE") + 1, 2, 0)
+        right(offer(out, 5, 5), "SET_VRING_ENABLE")
+        found.append(right(out, "GET_VRING_BASE").data)
+    packed = right(begun(0, 3), "RESET_OWNER")
+    for name in ("SET_VRING_ADDR", "SET_VRING_KICK", "SET_VRING_ENABLE"):
+        right(packed, name)
+    scribble(packed, 0, pack("<QIHH", 0x8000, 64, 3, 1 << 15 | 2)).byte(0xE0, 0)
+    found.append(right(packed, "GET_VRING_BASE").data)
+    state = right(begun(0), "GET_VRING_BASE")
+    for number in (0, 1):
+        right(right(state, "SET_DEVICE_STATE_FD", 0, number), "CHECK_DEVICE_STATE")
+    found.append(state.data)
+    tracked = begun(0)
+    for name in ("RESET_DEVICE", "SET_FEATURES", "GET_INFLIGHT_FD", "SET_INFLIGHT_FD", *STARTING[3:]):
+        right(tracked, name)
+    found.append(right(offer(tracked, 3, 3), "RESET_DEVICE").data)
+    rest = begun(0)
+    for name in ("GET_QUEUE_NUM", "GET_MAX_MEM_SLOTS", "GET_SHMEM_CONFIG", "GET_CONFIG", "SET_CONFIG"):
+        right(rest, name)
+    for name in ("SET_BACKEND_REQ_FD", "SET_VRING_ERR", "REM_MEM_REG", "ADD_MEM_REG"):
+        right(rest, name)
+    found.append(rest.data)
+    broken = scribble(right(begun(0), "SET_VRING_ERR"), 0x202, b"\xff\xff").byte(0xE0, 0)
+    found.append(right(broken, "GET_VRING_BASE").data)
+    found += [other(begun(kind & 3), "SET_VRING_KICK", kind).byte(0xE0, 0).data for kind in range(len(KINDS))]
+    found += [
+        other(begun(1), name, 3).data for name in ("SET_VRING_CALL", "SET_MEM_TABLE", "SET_INFLIGHT_FD")
+    ]
+    return found
+
+
+def proxies() -> list[bytes]:
+    def asks(out: Writer, name: str, *rest: int) -> Writer:
+        return right(out.byte(1), name, *rest).byte(0)
+
+    def gives(out: Writer, at: int, data: bytes, how: int = 0) -> Writer:
+        assert len(data) % 3 == 0
+        out.byte(len(data), at).data += data
+        return out.byte(how)
+
+    def opened() -> Writer:
+        out = part("proxy").byte(1)
+        out.data += bytes(RUNS)  # the answers
+        return out
+
+    def used(*elements: tuple[int, int]) -> bytes:
+        data = pack("<HH", 0, len(elements)) + b"".join(pack("<II", *element) for element in elements)
+        return data + bytes(-len(data) % 3)
+
+    served = gives(offer(opened().byte(1), 3, 3), 0, used((0, 3)))
+    requests = asks(opened(), "SET_BACKEND_REQ_FD").byte(0x84)
+    lost = opened()
+    lost.byte(1, _right("GET_CONFIG"), 2, 0, 0xFF, OWN, 0)
+    return [
+        asks(served, "GET_VRING_BASE").data,
+        asks(gives(offer(opened().byte(1), 3, 3), 0, used((0, 4096))), "RESET_DEVICE").data,
+        gives(offer(opened().byte(1), 3, 3), 0, used((5, 3), (6, 3))).data,
+        gives(opened(), 0, pack("<HHH", 0, 999, 0), 3).data,
+        requests.byte(0x81, OWN, 0, 0).data,
+        lost.data,
+        part("proxy").byte(1).data + bytes(4) + b"\xa0" * RUNS,
+    ]
+
+
 def seeds() -> list[bytes]:
     """All of them."""
-    return [*codecs(), *sessions(), *configs(), *frontends(), *options()]
+    return [*codecs(), *sessions(), *configs(), *frontends(), *options(), *backends(), *proxies()]
 
 
 def write(folder: Path) -> None:

@@ -8,18 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("pyvmm._native.vring", reason="the compiled core is not built")
+
 from fakes.program import environment
 from fuzz import parts, seeds
+from fuzz.proxy import Between
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyvmm import eventfd
+from pyvmm.backend import connection
 from pyvmm.vhost_user import codec, config_space, session
 from pyvmm.vhost_user.payloads import U64
 
 FOLDER = Path(__file__).parent
 CORPUS = sorted((FOLDER / "corpus").iterdir())
 INPUTS = [path.read_bytes() for path in CORPUS] + seeds.seeds()
-RUNS = 20_000  # about 15 seconds
+RUNS = 20_000  # about 30 seconds
 SEED = 1
 FILES, SIZE = 200, 100_000  # the corpus at most; scripts/fuzz --minimize keeps it so
 
@@ -57,6 +63,21 @@ def test_seeds_start_and_stop_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"SET_INFLIGHT_FD", "SET_VRING_ENABLE", "GET_VRING_BASE", "GET_CONFIG"} <= set(asked)
 
 
+def test_seeds_have_everything_that_a_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = set()
+    handle = connection.Connection._handle
+
+    def note(end: connection.Connection, message: codec.Message) -> None:
+        handle(end, message)
+        answered.add((message.request.id, type(end)))
+
+    monkeypatch.setattr(connection.Connection, "_handle", note)
+    for data in [*seeds.backends(), *seeds.proxies()]:
+        parts.run(data)
+    assert {number for number, kind in answered if kind is connection.Connection} == set(connection.HANDLERS)
+    assert len({number for number, kind in answered if kind is Between}) > 12
+
+
 def _forgets(decoder: codec.Decoder) -> None:
     decoder._fds = []
 
@@ -72,12 +93,20 @@ def _trusts(space: config_space.BackendConfig, client: object) -> bool:
     return True
 
 
+def _trusts_the_end(end: connection.Connection) -> None:
+    end._running.stop_all()
+    end.device.on_disconnect()
+
+
 BROKEN = {
     "descriptors are forgotten": (codec.Decoder, "close", _forgets),
     "numbers of descriptors are not counted": (codec, "fd_problem", _agrees),
     "nothing is gated": (session.Negotiation, "problem", _agrees),
     "any size fits": (U64, "fits", classmethod(lambda cls, size: True)),
     "any range is taken": (config_space.BackendConfig, "_fetch", _trusts),
+    "any descriptor kicks": (eventfd, "is_eventfd", lambda fd: True),
+    "messages keep their descriptors": (codec.Message, "close", _agrees),
+    "the end has no exceptions": (connection.Connection, "_end_device", _trusts_the_end),
 }
 
 
