@@ -28,6 +28,18 @@ def test_a_panic_of_the_lab_costs_a_machine(tmp_path: Path) -> None:
         lab.close()
 
 
+def test_a_command_that_runs_out_of_time_has_another_try_and_no_third(tmp_path: Path) -> None:
+    if not accel.why_not():
+        pytest.skip("guests run on this host itself")
+    lab = LabMachine(tmp_path)
+    try:
+        hang = f"test -e {tmp_path}/done || {{ : >{tmp_path}/done; sleep 60; }}; echo again"
+        assert lab.run("sh", "-c", hang, timeout=3).ok().stdout == b"again\n"
+        assert lab.run("sleep", "60", timeout=3).status is None
+    finally:
+        lab.close()
+
+
 def test_a_command_without_an_answer_costs_a_machine(tmp_path: Path) -> None:
     if not accel.why_not():
         pytest.skip("guests run on this host itself")
