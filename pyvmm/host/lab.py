@@ -32,7 +32,7 @@ from .progress import Progress
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket as Socket
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from ..guest.channel import Outcome
@@ -253,8 +253,6 @@ def room_for(memory: int, cpus: int, timeout: float) -> dict[str, Any]:
 def run_in_lab(
     argv: Sequence[str],
     *,
-    env: Mapping[str, str] | None = None,
-    cwd: str | None = None,
     share: Sequence[str] = (),
     memory: int = MEMORY,
     cpus: int = CPUS,
@@ -263,15 +261,14 @@ def run_in_lab(
 ) -> int:
     """Run `argv` in the lab with this process's streams and return its exit status.
 
-    `env` and `cwd` default to this process's.  `share` are directories that stay writable
-    through to the host, at the same paths; the others are as in LabConfig.  Signals of this process go to
-    the command.
+    Environment and directory are this process's.  `share` are directories that stay writable through to the
+    host, at the same paths; the others are as in LabConfig.  Signals of this process go to the command.
     Raises ConfigError, GuestError, and SystemExit for a signal that ends it all.
     """
     config = LabConfig(
         argv=tuple(argv),
-        env=tuple(f"{key}={value}" for key, value in (os.environ if env is None else env).items()),
-        cwd=os.getcwd() if cwd is None else cwd,
+        env=tuple(f"{key}={value}" for key, value in os.environ.items()),
+        cwd=os.getcwd(),
         share=tuple(shared_directory("--share", path) for path in share),
         memory=memory,
         cpus=cpus,
