@@ -23,10 +23,14 @@ if TYPE_CHECKING:
 
 SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX, spelt as in linux/kvm.h
 KVM_SIGNATURE = 0x4000_0000
+KVM_FEATURES = 0x4000_0001
 KVM_TIMING = 0x4000_0010
 APIC_BUS_KHZ = 1_000_000  # KVM's APIC timer counts nanoseconds (APIC_BUS_CYCLE_NS = 1)
 _SIGNATURE_REGISTERS = (0x4B4D_564B, 0x564B_4D56, 0x4D)  # "KVMKVMKVM\0\0\0" in ebx, ecx, edx
 
+_BRAND = 0x8000_0002
+_EMULATED_BRAND = tuple(int.from_bytes(b"QEMU TCG CPU ver"[i : i + 4], "little") for i in range(0, 16, 4))
+_PV_EOI = 1 << 6  # KVM_FEATURE_PV_EOI, leaf 0x40000001 eax
 _HTT = 1 << 28  # leaf 1 edx
 _TSC_DEADLINE, _HYPERVISOR = 1 << 24, 1 << 31  # leaf 1 ecx
 _XSAVE = 0xD
@@ -87,12 +91,19 @@ def edit(
     for function in _EXTENDED_TOPOLOGY:
         if function <= highest:
             entries += _extended_topology(function, topology, apic_id)
+    if is_emulated(entries):
+        entries = [_without_pv_eoi(entry) for entry in entries]
     return _with_timing(entries, tsc_khz) if tsc_khz else entries
 
 
 def is_kvm(entries: Iterable[Entry]) -> bool:
     """Whether the list names KVM as the hypervisor, so that a guest uses its clock."""
     return any(entry[0] == KVM_SIGNATURE and entry[4:] == _SIGNATURE_REGISTERS for entry in entries)
+
+
+def is_emulated(entries: Iterable[Entry]) -> bool:
+    """Whether KVM itself runs on a CPU that QEMU's TCG emulates, as in the lab."""
+    return any(entry[0] == _BRAND and entry[3:] == _EMULATED_BRAND for entry in entries)
 
 
 def xcr0(entries: Iterable[Entry]) -> int:
@@ -171,6 +182,19 @@ def _with_tsc_deadline(entry: Entry) -> Entry:
         return entry
     function, index, flags, eax, ebx, ecx, edx = entry
     return function, index, flags, eax, ebx, ecx | _TSC_DEADLINE, edx
+
+
+def _without_pv_eoi(entry: Entry) -> Entry:
+    """Let a guest on an emulated CPU end its interrupts by an exit.
+
+    TCG forgets that VMRUN has injected an interrupt (svm_helper.c leaves exception_index set), and until
+    the guest's next exit or exception may inject it again, into whatever runs then.  The exit for the end
+    of the interrupt comes soon; without it the guest would often be open to this for whole milliseconds.
+    """
+    if entry[0] != KVM_FEATURES:
+        return entry
+    function, index, flags, eax, ebx, ecx, edx = entry
+    return function, index, flags, eax & ~_PV_EOI, ebx, ecx, edx
 
 
 def _with_timing(entries: list[Entry], tsc_khz: int) -> list[Entry]:

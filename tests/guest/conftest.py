@@ -15,6 +15,14 @@ from pyvmm.host import accel, kernels, own_kernel
 from pyvmm.host.kernels import Kernel
 from pyvmm.run import unpack_ahead
 
+# For a command that runs out of time in the emulated machine, a new machine, and the command once more.
+LIMIT = 900
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if item.get_closest_marker("timeout") is None:
+        item.add_marker(pytest.mark.timeout(LIMIT))
+
 
 @pytest.fixture(scope="session")
 def debian_kernel() -> Kernel:

@@ -17,7 +17,7 @@ from guest.machines import Machine
 
 from pyvmm.host.kernels import Kernel
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 TESTS = str(Path(__file__).parents[2])
 

@@ -16,7 +16,7 @@ from guest.machines import Machine
 from pyvmm.guest.initramfs import build
 from pyvmm.host.kernels import Kernel
 
-pytestmark = [pytest.mark.slow, pytest.mark.lab, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.lab]
 
 HERE = Path(__file__).parent
 KILLS = 100
