@@ -1,8 +1,9 @@
-"""How a guest that hung in the emulated machine is told from one that its devices left alone.
+"""How a guest that the emulated machine lost is told from one that its devices left alone.
 
-In QEMU's emulation of SVM a guest now and then hangs at an instruction that KVM cannot read, to step over it,
-although the guest executes it: a million page faults a minute, of which there are none otherwise.  No VMM can
-do that to a guest, so what hangs so is tried once more.  It runs next to the KVM and outside.
+TCG may inject an interrupt a second time, into whatever the guest runs then (pyvmm.boot.cpuid says why, and
+makes it rare).  A guest that was between two states hangs with a million page faults a minute that KVM gives
+it, of which there are none otherwise.  No VMM can do that to a guest, so what hangs so is tried once more.
+It runs next to the KVM and outside.
 """
 
 from __future__ import annotations
