@@ -66,3 +66,6 @@ cdef extern from "kick.h" nogil:
     int pyvmm_kick_admit()
     int pyvmm_kick_send(pthread_t thread)
     void pyvmm_store_byte(unsigned char *target, unsigned char value)
+
+cdef extern from "<cpuid.h>" nogil:
+    void __cpuid(unsigned int leaf, unsigned int a, unsigned int b, unsigned int c, unsigned int d)  # a macro

@@ -53,6 +53,17 @@ KVM_IRQ_ROUTING_IRQCHIP = k.KVM_IRQ_ROUTING_IRQCHIP
 KVM_IRQ_ROUTING_MSI = k.KVM_IRQ_ROUTING_MSI
 
 
+def hypervisor():
+    """The twelve bytes with which the hypervisor under this host signs; of no meaning where there is none.
+
+    Source: CPUID leaf 0x40000000 (Linux Documentation/virt/kvm/x86/cpuid.rst).
+    """
+    cdef unsigned int a = 0
+    cdef unsigned int[3] signature
+    c.__cpuid(0x40000000, a, signature[0], signature[1], signature[2])
+    return (<char *>signature)[:sizeof(signature)]
+
+
 cdef class Descriptor:
     """Owner of one KVM descriptor: `fd`, -1 after `close()`."""
 

@@ -133,7 +133,7 @@ class Machine:
         return board
 
     def _create_vcpus(self) -> None:
-        from ._native.kvm import KVM_CAP_TSC_DEADLINE_TIMER
+        from ._native.kvm import KVM_CAP_TSC_DEADLINE_TIMER, hypervisor
         from .boot import cpuid
 
         count = self._config.cpus.boot
@@ -142,8 +142,9 @@ class Machine:
         topology = cpuid.Topology(cores=count)
         deadline_timer = bool(self._vm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
         components = cpuid.xcr0(leaves)
+        below = hypervisor()
         for vcpu in vcpus:
-            vcpu.set_cpuid(cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer))
+            vcpu.set_cpuid(cpuid.edit(leaves, topology, vcpu.id, vcpu.tsc_khz(), deadline_timer, below))
             vcpu.set_msrs(cpu.boot_msrs())
             vcpu.set_fpu_default()
             if components:  # QEMU's SVM (7.2) lets a guest of the lab set XCR0 without KVM's noticing

@@ -20,6 +20,14 @@ say() {
     if [ -t 2 ]; then printf '\033[2m[setup]\033[0m %s\n' "$*" >&2; fi
 }
 
+# cache_directory NAME: where pyvmm keeps it; relative settings are ignored, as in pyvmm.cache.
+cache_directory() {
+    case "${XDG_CACHE_HOME:-}" in
+    /*) echo "$XDG_CACHE_HOME/pyvmm/$1" ;;
+    *) echo "$HOME/.cache/pyvmm/$1" ;;
+    esac
+}
+
 die() {
     printf '%s: %s\n' "$(basename "$0")" "$*" >&2
     exit 2

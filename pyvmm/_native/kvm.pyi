@@ -39,6 +39,8 @@ KVM_IRQ_ROUTING_MSI: Final[int]
 
 GsiRoute = tuple[int, int, int, int, int]
 
+def hypervisor() -> bytes: ...
+
 class Descriptor:
     @property
     def fd(self) -> int: ...

@@ -28,8 +28,7 @@ KVM_TIMING = 0x4000_0010
 APIC_BUS_KHZ = 1_000_000  # KVM's APIC timer counts nanoseconds (APIC_BUS_CYCLE_NS = 1)
 _SIGNATURE_REGISTERS = (0x4B4D_564B, 0x564B_4D56, 0x4D)  # "KVMKVMKVM\0\0\0" in ebx, ecx, edx
 
-_BRAND = 0x8000_0002
-_EMULATED_BRAND = tuple(int.from_bytes(b"QEMU TCG CPU ver"[i : i + 4], "little") for i in range(0, 16, 4))
+EMULATOR = b"TCGTCGTCGTCG"  # how QEMU's emulation signs, which is the CPU that the lab's KVM runs on
 _PV_EOI = 1 << 6  # KVM_FEATURE_PV_EOI, leaf 0x40000001 eax
 _HTT = 1 << 28  # leaf 1 edx
 _TSC_DEADLINE, _HYPERVISOR = 1 << 24, 1 << 31  # leaf 1 ecx
@@ -68,12 +67,18 @@ class Topology(Record):
 
 
 def edit(
-    supported: Iterable[Entry], topology: Topology, cpu: int, tsc_khz: int = 0, tsc_deadline: bool = False
+    supported: Iterable[Entry],
+    topology: Topology,
+    cpu: int,
+    tsc_khz: int = 0,
+    tsc_deadline: bool = False,
+    hypervisor: bytes = b"",
 ) -> list[Entry]:
     """The list for KVM_SET_CPUID2 of virtual CPU number `cpu`, from what KVM supports.
 
     `tsc_khz` is KVM_GET_TSC_KHZ's answer, 0 for unknown; `tsc_deadline` is what
-    KVM_CAP_TSC_DEADLINE_TIMER says, which KVM leaves to its user to announce.
+    KVM_CAP_TSC_DEADLINE_TIMER says, which KVM leaves to its user to announce; `hypervisor` signs the
+    machine that KVM itself runs on.
     """
     apic_id = topology.apic_id(cpu)
     entries = []
@@ -91,7 +96,7 @@ def edit(
     for function in _EXTENDED_TOPOLOGY:
         if function <= highest:
             entries += _extended_topology(function, topology, apic_id)
-    if is_emulated(entries):
+    if hypervisor == EMULATOR:
         entries = [_without_pv_eoi(entry) for entry in entries]
     return _with_timing(entries, tsc_khz) if tsc_khz else entries
 
@@ -99,11 +104,6 @@ def edit(
 def is_kvm(entries: Iterable[Entry]) -> bool:
     """Whether the list names KVM as the hypervisor, so that a guest uses its clock."""
     return any(entry[0] == KVM_SIGNATURE and entry[4:] == _SIGNATURE_REGISTERS for entry in entries)
-
-
-def is_emulated(entries: Iterable[Entry]) -> bool:
-    """Whether KVM itself runs on a CPU that QEMU's TCG emulates, as in the lab."""
-    return any(entry[0] == _BRAND and entry[3:] == _EMULATED_BRAND for entry in entries)
 
 
 def xcr0(entries: Iterable[Entry]) -> int:

@@ -341,11 +341,12 @@ def _own_kernel(_: Host) -> Iterator[Finding]:
 
 
 def _lab(_: Host) -> Iterator[Finding]:
-    program = shutil.which(emulator.QEMU)
+    program = emulator.program()
     if os.environ.get(accel.LAB_MARK):
         yield Finding("lab machine", FAIL, "this is the lab already; one in the other is too slow", "none")
     elif program:
-        yield Finding("lab machine", OK, program)
+        hint = f"; it loses a busy guest now and then, the one of {emulator.BUILDER} does not"
+        yield Finding("lab machine", OK, program + ("" if program == emulator.own_program() else hint))
     else:
         yield Finding("lab machine", FAIL, f"no {emulator.QEMU}", "apt-get install qemu-system-x86")
     able = next((kernel for kernel in kernels.find_kernels() if _has_kvm(kernel)), None)

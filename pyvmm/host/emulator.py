@@ -5,8 +5,10 @@ Facts about foreign programs, and nothing that runs: `lab` starts and ends them.
 
 from __future__ import annotations
 
+import os
 import shutil
 
+from .. import cache
 from ..errors import ConfigError
 from ..guest.modules import ModuleTree
 from . import kernels
@@ -19,11 +21,23 @@ if TYPE_CHECKING:
 # without AVX then is too old for OpenBLAS, which NumPy brings along.
 CPU_MODEL = "max,+svm,la57=off"
 ACCELERATOR = "tcg,thread=multi,tb-size=512"
-# While a nested guest runs, TCG now and then loses an interrupt of the machine's own.  A CPU that waits for
-# a timer of one shot then waits for ever, and the machine stands still; a periodic one comes again.
+# While a nested guest runs, Debian's QEMU now and then loses an interrupt of the machine's own.  A CPU that
+# waits for a timer of one shot then waits for ever, and the machine stands still; a periodic one comes again.
 KERNEL_ARGUMENTS = "console=ttyS0 mitigations=off panic=-1 nohz=off highres=off"
 QEMU = "qemu-system-x86_64"
+BUILDER = "scripts/lab-qemu"
 MIB = 1 << 20
+
+
+def own_program() -> str | None:
+    """The QEMU that scripts/lab-qemu has built for the lab, if it has."""
+    path = os.path.join(cache.directory("qemu"), QEMU)
+    return path if os.access(path, os.X_OK) else None
+
+
+def program() -> str | None:
+    """The QEMU for the lab: the lab's own before the one in PATH."""
+    return own_program() or shutil.which(QEMU)
 
 
 def kernel(progress: Callable[[str], None]) -> kernels.Kernel:
@@ -46,11 +60,11 @@ def command(
     quiet: bool,
 ) -> list[str]:
     """QEMU's command line.  `files` are (tag, connected socket), the others connected sockets."""
-    program = shutil.which(QEMU)
-    if program is None:
+    qemu = program()
+    if qemu is None:
         raise ConfigError(f"the lab needs {QEMU}: apt-get install qemu-system-x86")
     append = KERNEL_ARGUMENTS + (" quiet" if quiet else "")
-    argv = [program, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
+    argv = [qemu, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]
     argv += ["-machine", "q35,memory-backend=ram", "-accel", ACCELERATOR, "-cpu", CPU_MODEL]
     argv += ["-m", f"{memory // MIB}M", "-smp", str(cpus)]
     argv += ["-object", f"memory-backend-memfd,id=ram,size={memory // MIB}M,share=on"]

@@ -34,6 +34,7 @@ def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / emulator.QEMU).write_text("#!/bin/sh\n")
     (tmp_path / emulator.QEMU).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "nothing"))
 
 
 def test_the_machine_has_svm_and_shared_memory(qemu: None) -> None:
@@ -47,8 +48,22 @@ def test_the_machine_has_svm_and_shared_memory(qemu: None) -> None:
     assert "quiet" not in " ".join(command(quiet=False))
 
 
+def test_the_lab_takes_its_own_qemu_where_that_is_built(
+    qemu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert command()[0] == str(tmp_path / emulator.QEMU)
+    own = tmp_path / "cache" / "pyvmm" / "qemu" / emulator.QEMU
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"")
+    assert command()[0] == str(tmp_path / emulator.QEMU)  # it cannot be executed
+    own.chmod(0o755)
+    assert command()[0] == str(own)
+
+
 def test_without_qemu_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="apt-get install qemu-system-x86"):
         command()
 
