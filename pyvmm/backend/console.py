@@ -34,7 +34,11 @@ CONTROL_IN, CONTROL_OUT = 2, 3
 
 
 class Console(Device):
-    """The console device; port 0 is the only one for a driver without MULTIPORT."""
+    """The console device; port 0 is the only one for a driver without MULTIPORT.
+
+    A lone console does not offer MULTIPORT: then Linux has hvc0 as soon as its driver is there, while a port
+    that the control dialogue makes may come after the first process has looked for a console.
+    """
 
     device_id = 3
     features = F_SIZE | F_MULTIPORT | F_EMERG_WRITE
@@ -46,6 +50,9 @@ class Console(Device):
         self.config["max_nr_ports"] = len(ports)
         self.ports: tuple[Port, ...] = ()
         self._configs = tuple(ports)
+        if len(ports) == 1 and ports[0].console and not ports[0].name:
+            self.features &= ~F_MULTIPORT
+        self._size_due = False  # a lone console's, until the driver surely looks for changes
         self._resize_fd = resize_fd
         # what waits for the guest's control buffers; one entry an event, so it stays small
         self._outbox: dict[tuple[int, int], bytes] = {}
@@ -92,6 +99,7 @@ class Console(Device):
                 self._forget_guest()
         elif queue.index % 2:
             port.tx = queue
+            self._size_due = not self.multiport and port.size is not None
         else:
             port.rx = queue
             if not self.multiport:
@@ -106,6 +114,9 @@ class Console(Device):
         elif port is None:
             self._send_outbox()
         elif queue.index % 2:
+            if self._size_due:
+                self._size_due = False
+                self.config_changed()
             port.pump_out()
         else:
             port.resume_input()

@@ -276,7 +276,7 @@ def test_pty(start):
 
     ours, theirs = os.openpty()
     tty.setraw(theirs)
-    _, driver = start(PortConfig(console=True, input_fd=ours, output_fd=ours))
+    _, driver = start(PortConfig(console=True, input_fd=ours, output_fd=ours), PortConfig())
     os.close(ours)
     driver.boot()
     driver.wait_for(0, CONSOLE_PORT, 1)
@@ -293,7 +293,7 @@ def test_files_as_input_and_output(start, tmp_path):
     source.write_bytes(b"from a file" * 1000)
     read_fd = os.open(source, os.O_RDONLY)
     write_fd = os.open(target, os.O_WRONLY | os.O_CREAT)
-    _, driver = start(PortConfig(console=True, input_fd=read_fd, output_fd=write_fd))
+    _, driver = start(PortConfig(console=True, input_fd=read_fd, output_fd=write_fd), PortConfig())
     os.close(read_fd)
     os.close(write_fd)
     driver.boot()
@@ -306,7 +306,7 @@ def test_files_as_input_and_output(start, tmp_path):
 
 
 def test_sizes(start):
-    process, driver = start(PortConfig(console=True))
+    process, driver = start(PortConfig(console=True), PortConfig())
     driver.boot()
     driver.wait_for(0, CONSOLE_PORT, 1)
     channel = driver.frontend.backend_channel()
@@ -316,7 +316,7 @@ def test_sizes(start):
     from pyvmm.vhost_user.payloads import Config
 
     reply = driver.frontend.ask("GET_CONFIG", Config(0, 0, bytes(12)))
-    assert struct.unpack("<HHII", reply.data) == (132, 43, 1, 0)
+    assert struct.unpack("<HHII", reply.data) == (132, 43, 2, 0)
     channel.close()
 
 
@@ -345,6 +345,30 @@ def test_driver_without_multiport(start, pair):
     assert driver.read(0, 5) == b"plain"
     driver.write(0, b"old")
     assert read_exactly(ours, 3) == b"old"
+
+
+def test_a_lone_console_needs_no_dialogue(start, pair):
+    """So that Linux has hvc0 before its first process; the size is there at the first output."""
+    ours, theirs = pair
+    process, driver = start(PortConfig(console=True, input_fd=theirs.fileno(), output_fd=theirs.fileno()))
+    theirs.close()
+    assert not driver.frontend.ask("GET_FEATURES").value & F_MULTIPORT
+    channel = driver.frontend.backend_channel()
+    process.resize(0, 132, 43)
+    assert struct.unpack("=III", channel.recv(12))[0] == 2  # CONFIG_CHANGE_MSG, which no driver hears yet
+    for index in (0, 1):
+        driver.frontend.start(index, driver.queues[index])
+    driver.offer(0)
+    ours.sendall(b"typed")
+    assert driver.read(0, 5) == b"typed"
+    for word in (b"first", b"again"):
+        driver.write(0, word)
+        assert read_exactly(ours, 5) == word
+    assert struct.unpack("=III", channel.recv(12))[0] == 2
+    channel.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        channel.recv(12)
+    channel.close()
 
 
 def test_pause_and_resume_loses_nothing(start, pair):
@@ -419,7 +443,7 @@ def test_broken_ring_stops_that_queue_until_it_is_set_up_again(start, pair):
 
 
 def test_control_c_does_not_reach_it_and_sigterm_does(start):
-    process, driver = start(PortConfig(console=True))
+    process, driver = start(PortConfig(console=True), PortConfig())
     driver.boot()
     os.kill(process.pid, signal.SIGINT)
     os.kill(process.pid, signal.SIGHUP)
@@ -432,7 +456,7 @@ def test_control_c_does_not_reach_it_and_sigterm_does(start):
 def test_it_keeps_no_descriptor_that_it_was_not_given(start):
     extra = os.open("/etc/passwd", os.O_RDONLY)
     os.set_inheritable(extra, True)
-    process, driver = start(PortConfig(console=True))
+    process, driver = start(PortConfig(console=True), PortConfig())
     driver.boot()
     targets = [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{process.pid}/fd")]
     os.close(extra)
@@ -509,7 +533,7 @@ def test_new_driver_over_packed_rings_has_opened_nothing():
 
 
 def test_closing_reaps(start):
-    process, driver = start(PortConfig(console=True))
+    process, driver = start(PortConfig(console=True), PortConfig())
     driver.close()
     process.close()
     assert process.status == 0
