@@ -346,6 +346,9 @@ def fs(text: str) -> FsDevice:
     values = _device("--fs", text, FS_KEYS)
     if bool(values["dir"]) == bool(values["socket"]):
         raise ConfigError("--fs: one of dir= (pyvmm starts virtiofsd) and socket= (it runs) is needed")
+    for key in ("readonly", "cache"):
+        if values["socket"] and values[key]:
+            raise ConfigError(f"--fs: {key}= needs dir=; the virtiofsd at socket= is told when you start it")
     if not 1 <= len(os.fsencode(values["tag"])) <= 36:
         raise ConfigError(f"--fs: tag={values['tag']}: 1 to 36 bytes are needed")
     if not 1 <= values["num_queues"] <= MAX_QUEUES - 1:  # one more is for what must not wait

@@ -70,6 +70,8 @@ def test_streams(text: str, value: StreamConfig) -> None:
         (config.generic, "socket=x,virtio_id=1,queue_sizes=[0]", "queue size 0: a power of two"),
         (config.generic, "socket=x,virtio_id=1,queue_sizes=[65536]", "power of two"),
         (config.fs, "tag=x", "one of dir="),
+        (config.fs, "tag=x,socket=s,readonly=on", "readonly= needs dir=; the virtiofsd at socket="),
+        (config.fs, "tag=x,socket=s,cache=never", "cache= needs dir="),
         (config.fs, f"tag={'x' * 37},dir=/", "1 to 36 bytes"),
         (config.disk, "readonly=on", "path= is missing"),
         (config.disk, "path=x,num_queues=0", "1 to 256"),
