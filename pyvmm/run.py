@@ -45,7 +45,8 @@ ROOT_TAG = "root"
 BASE_CMDLINE = "console=ttyS0 panic=-1 reboot=a tsc=reliable"
 QUIET, VERBOSE = "quiet", "ignore_loglevel"
 _ENDS = {OFF: "it powered itself off", RESET: "it restarted", STOPPED: "it was stopped"}
-POWER_OFF_SECONDS = 5.0  # for the guest to write back and power off after its command
+_LOST = "the streams of its command were lost"
+POWER_OFF_SECONDS = 5.0  # for the guest to write back and power off after its command, or say why not
 
 # What a run without a command shows of the guest; needs nothing but a shell and mount points.
 LOOK_AROUND = r"""
@@ -210,10 +211,9 @@ class CommandRun:
             self.on_command()
 
     def _command_ended(self, outcome: CommandOutcome) -> None:
-        """The guest has written everything back by now and powers off by itself."""
+        """The guest has written everything back and powers off by itself, or nothing comes of it any more."""
         self._ended = outcome
-        if not outcome.lost:
-            self._loop.call_later(POWER_OFF_SECONDS, self._loop.stop)
+        self._loop.call_later(POWER_OFF_SECONDS, self._loop.stop)
 
     def _timed_out(self) -> None:
         what = "the command" if self._started else "the guest's boot"
@@ -240,7 +240,8 @@ class CommandRun:
             raise GuestCrash(outcome.report)
         if ended is not None and ended.error and not ended.lost:
             raise GuestError(f"guest: {ended.error}")
-        error = self._console.explain(_ENDS[outcome.kind])
+        lost = outcome.kind == STOPPED and ended is not None
+        error = self._console.explain(_LOST if lost else _ENDS[outcome.kind])
         if isinstance(error, GuestPanic) and not self.config.verbose:
             log.warn("the end of the guest's console:")
             os.write(2, self._console.text[-4000:].replace(b"\r\n", b"\n") + b"\n")
