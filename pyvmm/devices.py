@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .backend.device import Device
-    from .backend.process import DeviceProcess
+    from .backend.endpoints import PortConfig
+    from .backend.process import ConsoleProcess, DeviceProcess
     from .backend.wire import Wire
     from .loop import EventLoop
     from .record import Record
@@ -67,6 +68,7 @@ class Prepared:
         self._display = display
         self._screen: Screen | None = None
         self.stream: Stream | None = None
+        self.resize: Callable[[], object] | None = None  # the stream has another size now
         self.before_waiting: Callable[[], object] | None = None  # see Endpoint
 
     def connect(
@@ -334,8 +336,28 @@ def _plugged(device: cfg.NetDevice) -> Wire:
         raise ConfigError(f"--net: {error}") from None
 
 
+class _ConsoleSpawner:
+    """Starts the console's process, again after a loss, and tells it the terminal's size."""
+
+    def __init__(self, ports: list[PortConfig], stream: Stream) -> None:
+        self._ports = ports
+        self._stream = stream
+
+    def __call__(self) -> ConsoleProcess:
+        from .backend import process
+
+        self._process = process.spawn_console(self._ports)
+        self.resize()
+        return self._process
+
+    def resize(self) -> None:
+        """Tell the guest; may be called in signal handlers."""
+        size = self._stream.size()
+        if size is not None:
+            self._process.resize(0, *size)
+
+
 def _console(device: cfg.ConsoleDevice) -> Prepared:
-    from .backend import process
     from .backend.endpoints import PortConfig
     from .streams import ListeningStream, open_stream
 
@@ -345,14 +367,15 @@ def _console(device: cfg.ConsoleDevice) -> Prepared:
         ports = [PortConfig("", True, stream.input_fd, stream.output_fd, listener)]
         ports += [PortConfig(port.name, False, port.fd, port.fd) for port in device.ports]
         queues = (128,) * (2 * len(ports) + 2)
+        spawn = _ConsoleSpawner(ports, stream)
         prepared = _python(
-            device.id or "console", "console", queues, lambda: process.spawn_console(ports),
+            device.id or "console", "console", queues, spawn,
             final="the descriptors of its ports went with it" if device.ports else "",
         )  # fmt: skip
     except BaseException:
         stream.close()
         raise
-    prepared.stream = stream
+    prepared.stream, prepared.resize = stream, spawn.resize
     return prepared
 
 

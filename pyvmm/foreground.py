@@ -45,6 +45,20 @@ def shared_directory(option: str, path: str) -> str:
     return os.path.realpath(path)
 
 
+class Resizes:
+    """`with Resizes(react):` the terminal's SIGWINCH calls `react()`, in the main thread."""
+
+    def __init__(self, react: Callable[[], object]) -> None:
+        self._react = react
+
+    def __enter__(self) -> Self:
+        self._previous: Any = signal.signal(signal.SIGWINCH, lambda *_: self._react())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGWINCH, self._previous)
+
+
 class Foreground:
     """`with Foreground(remote):` signals go to `remote`, and the terminal (if any) to its command.
 
@@ -56,13 +70,13 @@ class Foreground:
         self._remote = remote
         self._wants_terminal = terminal
         self._signals = Signals(remote.signal)
-        self._previous: Any = None
+        self._resizes = Resizes(self._resized)
 
     def __enter__(self) -> Self:
         from .streams import Terminal
 
         self._signals.__enter__()
-        self._previous = signal.signal(signal.SIGWINCH, self._resized)
+        self._resizes.__enter__()
         self._terminal = Terminal()
         if self._wants_terminal:
             self._remote.on_command = self._terminal.start
@@ -72,10 +86,10 @@ class Foreground:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._terminal.close()
-        signal.signal(signal.SIGWINCH, self._previous)
+        self._resizes.__exit__()
         self._signals.__exit__()
 
-    def _resized(self, number: int, frame: object) -> None:
+    def _resized(self) -> None:
         size = terminal_size()
         if size:
             self._remote.resize(*size)

@@ -30,6 +30,10 @@ class Stream:
     def start(self) -> None:
         """The guest runs from now on."""
 
+    def size(self) -> tuple[int, int] | None:
+        """Columns and rows, where there are any."""
+        return None
+
     def close(self) -> None:
         """Close what was opened here; harmless when repeated."""
         for fd in self._owned:
@@ -69,6 +73,13 @@ class Terminal(Stream):
 
             self._saved = termios.tcgetattr(0)
             tty.setraw(0, termios.TCSANOW)
+
+    def size(self) -> tuple[int, int] | None:
+        """What the terminal says; nothing when output goes elsewhere."""
+        if not os.isatty(1):
+            return None
+        columns, rows = os.get_terminal_size(1)
+        return columns, rows
 
     def close(self) -> None:
         """Put the terminal back as it was found."""

@@ -86,6 +86,12 @@ class Vm:
         """End the run as if the machine's plug were pulled; from any thread or signal handler."""
         self._end(Outcome(STOPPED))
 
+    def resize(self) -> None:
+        """The terminal has another size now; may be called in signal handlers."""
+        for device in self._prepared:
+            if device.resize is not None:
+                device.resize()
+
     def close(self) -> None:
         """Release everything in reverse order of creation; harmless when repeated."""
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .. import config, log
 from ..ending import Signals
 from ..errors import ConfigError, GuestCrash
+from ..foreground import Resizes
 from ..loop import EventLoop
 from ..vm import CRASH, STOPPED, Vm
 from .parse import Command, Option, parse
@@ -143,7 +144,7 @@ def run(machine: config.VmConfig) -> int:
             ended.append(number)
             loop.stop()
 
-        with Signals(end), Vm(machine, loop) as vm:
+        with Signals(end), Vm(machine, loop) as vm, Resizes(vm.resize):
             loop.call_later(LOOK_SECONDS, _warn_of_emulation)
             outcome = vm.run()
     if outcome.kind == CRASH:

@@ -195,6 +195,24 @@ def test_the_serial_port_goes_to_a_file(machine: Machine, own: Kernel, scratch: 
     assert b"over the wire" in (scratch / "serial").read_bytes()
 
 
+def test_the_console_has_the_terminals_size(machine: Machine, own: Kernel, scratch: Path) -> None:
+    """A lone console is there before the first process, which makes the size known by its first output."""
+    body = "echo first; sleep 1; stty size </dev/console; cat /proc/consoles; "
+    body += "until stty size </dev/console | grep '10 90'; do sleep 1; done"
+    image = disk_image(scratch, body)
+    typescript = scratch / "typescript"
+    terminal = f"""
+        stty rows 43 cols 132
+        (until grep -q '^43 132' {typescript}; do sleep 0.5; done; stty rows 10 cols 90) </dev/tty &
+        exec {machine.pyvmm_words} --kernel {own.path} --disk path={image} \\
+            --cmdline 'console=hvc0 panic=-1 root=/dev/vda1 quiet'
+    """
+    done = machine.run("script", "-qfec", terminal, typescript, timeout=100).ok()
+    lines = done.stdout.decode().split("\r\n")
+    assert lines.index("first") < lines.index("43 132") < lines.index("10 90"), repr(done)
+    assert any(row.startswith("hvc0") for row in lines), repr(done)
+
+
 def test_a_triple_fault_is_reported(machine: Machine, own: Kernel, scratch: Path) -> None:
     """reboot=t makes Linux end by a triple fault."""
     image = disk_image(scratch, "reboot -f")
