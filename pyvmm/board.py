@@ -99,12 +99,15 @@ class Board:
         function.open_memory(AddressSpace, self._slots)
         self._mapping.append(frontend)
 
-    def mend_memory(self) -> int:
+    def mend_memory(self, seen: int) -> int:
         """A CPU went where no memory is: take away what backends mapped and lost.  From CPUs' threads.
 
-        Returns how many mappings that made since the machine began: it can go on if there are more.
+        Returns how many mappings that made since the machine began: it can go on if there are more than
+        it has `seen`.  If there are some already, those of another CPU may be all that is to be done.
         """
         with self._mend_lock:
+            if self._mended != seen:
+                return self._mended
             gone = sum([frontend.mappings.drop_broken() for frontend in self._mapping])
             if not gone:  # memory may also be full: there is no telling whose
                 gone = sum([frontend.mappings.drop_broken(every=True) for frontend in self._mapping])

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 class Exits:
     """What the native run loop calls, with plain integers, for each access it cannot finish.
 
-    `mend` is called when the guest went where the host has no memory: it takes such memory away, and
-    returns how often it has done that.
+    `mend` is called when the guest went where the host has no memory, with what it returned the last time,
+    0 at first: it takes such memory away, and returns how often that was done by now, for whichever CPU.
     """
 
     __slots__ = ("io_read", "io_write", "mend", "mmio_read", "mmio_write")
 
-    def __init__(self, mmio: Bus, pio: Bus, mend: Callable[[], int] = int) -> None:
+    def __init__(self, mmio: Bus, pio: Bus, mend: Callable[[int], int] = int) -> None:
         self.mend = mend
         self.mmio_read = mmio.read
         self.mmio_write = mmio.write
@@ -80,7 +80,7 @@ class VcpuThreads:
                 result = error
             before = mended
             if isinstance(result, KvmError) and result.errno == EFAULT:
-                mended = self._exits.mend()
+                mended = self._exits.mend(before)
             again = mended != before  # the access is repeated, and finds nothing there now
         if not self._stopping:
             self._on_exit(vcpu.id, result)

@@ -38,16 +38,23 @@ def board() -> Iterator[Board]:
 
 
 def test_nothing_can_be_mended_where_nothing_is_mapped(board: Board) -> None:
-    assert board.mend_memory() == 0
+    assert board.mend_memory(0) == 0
 
 
 def test_what_is_broken_is_taken_away_first_and_then_the_rest(board: Board) -> None:
     innocent, guilty = Frontend(2, 0), Frontend(4, 3)
     board._mapping += [innocent, guilty]  # type: ignore[list-item]
-    assert board.mend_memory() == 3
+    assert board.mend_memory(0) == 3
     assert (innocent.mappings.count, guilty.mappings.count) == (2, 1)
-    assert board.mend_memory() == 6  # whatever it was, it is not there any more
-    assert board.mend_memory() == 6  # so it was something else
+    assert board.mend_memory(3) == 6  # whatever it was, it is not there any more
+    assert board.mend_memory(6) == 6  # so it was something else
+
+
+def test_two_cpus_in_one_broken_mapping_cost_no_other(board: Board) -> None:
+    innocent, guilty = Frontend(2, 0), Frontend(1, 1)
+    board._mapping += [innocent, guilty]  # type: ignore[list-item]
+    assert [board.mend_memory(0) for _ in range(2)] == [1, 1]
+    assert (innocent.mappings.count, guilty.mappings.count) == (2, 0)
 
 
 def test_slots_that_are_asked_for_are_left_free_by_others() -> None:

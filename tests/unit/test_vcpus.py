@@ -138,7 +138,7 @@ FAULT, OTHER, END = KvmError(errno.EFAULT, "no host page"), KvmError(errno.EIO, 
 def test_a_fault_ends_a_cpu_unless_it_can_be_mended(results: Any, mended: list[int], told: Any) -> None:
     ended = Ended()
     answers = iter(mended)
-    exits = Exits(Bus("memory"), Bus("ports"), lambda: next(answers))
+    exits = Exits(Bus("memory"), Bus("ports"), lambda seen: next(answers))
     running = VcpuThreads([Faulty(*results)], exits, ended)  # type: ignore[list-item]
     running.start()
     assert ended.event.wait(5)
