@@ -9,6 +9,7 @@ decides.
 from __future__ import annotations
 
 from errno import EFAULT
+from time import monotonic
 
 from .errors import KvmError
 from .lean import Thread
@@ -63,12 +64,15 @@ class VcpuThreads:
     def stop(self, timeout: float = 15.0) -> bool:
         """Kick every CPU out of the guest and join its thread; False if one did not end.
 
-        `timeout` is in seconds and longer than any deadline that a CPU may be waiting for.
+        `timeout` is in seconds, for all together, -1 for ever; a CPU may be waiting for a backend.
         """
+        due = monotonic() + timeout
         self._stopping = True
         for vcpu in self._vcpus:
             vcpu.kick()
-        return all([thread.join(timeout) for thread in self._threads])
+        return all(
+            [thread.join(max(0.0, due - monotonic()) if timeout >= 0 else -1) for thread in self._threads]
+        )
 
     def _main(self, vcpu: Vcpu) -> None:
         result: tuple[int, dict[str, Any]] | BaseException

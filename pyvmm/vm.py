@@ -239,8 +239,10 @@ class Vm:
             log.warn("a virtual CPU did not stop in time; its thread is left behind")
 
     def _stand_still(self, timeout: float) -> bool:
-        stopped = self._current.stop(timeout)
-        return stopped and (self._resetting is None or self._resetting.join(timeout))
+        due = monotonic() + timeout
+        if not self._current.stop(timeout):
+            return False
+        return self._resetting is None or self._resetting.join(max(0.0, due - monotonic()))
 
 
 def _allow_descriptors(queues: int) -> None:

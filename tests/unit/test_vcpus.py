@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -78,6 +79,18 @@ def test_one_that_does_not_stop_is_reported_and_may_stop_later() -> None:
     assert not running.stop(0.05)
     deaf.kicked.set()
     assert running.stop()
+
+
+def test_the_time_to_stop_is_for_all_together() -> None:
+    deaf = [FakeVcpu(number, deaf=True) for number in range(8)]
+    running = threads(deaf, Ended())
+    running.start()
+    begin = monotonic()
+    assert not running.stop(0.2)
+    assert monotonic() - begin < 0.8
+    for vcpu in deaf:
+        vcpu.kicked.set()
+    assert running.stop(-1)
 
 
 def test_stopping_what_never_started() -> None:
