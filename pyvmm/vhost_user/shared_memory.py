@@ -131,15 +131,14 @@ class SharedMemory:
 
     def attach(self, mapper: Mapper | None) -> None:
         """Let `mapper` show mappings to a guest; None takes away what was mapped with the one before."""
-        self.clear()
         with self._lock:
+            self._forget()
             self._mapper = mapper
 
     def clear(self) -> None:
         """The device is reset: unmap everything."""
         with self._lock:
-            self._drop(self._places())
-            self.torn = False
+            self._forget()
 
     def lose(self) -> None:
         """The backend is lost: unmap everything."""
@@ -158,6 +157,10 @@ class SharedMemory:
 
     def _places(self) -> list[tuple[int, int]]:
         return [(shmid, start) for shmid, book in self._mapped.items() for start in book]
+
+    def _forget(self) -> None:
+        self._drop(self._places())
+        self.torn = False
 
     def _tear(self, places: list[tuple[int, int]]) -> None:
         self._drop(places)

@@ -186,6 +186,28 @@ def test_no_machine_no_mapping(memory: SharedMemory) -> None:
     assert refusal.value.status == errno.ENODEV
 
 
+def test_nothing_is_mapped_while_the_machine_goes(memory: SharedMemory) -> None:
+    """A thread that reconnects may serve a request at any time."""
+    memory._mapped[0].clear()
+    lock, refusals = memory._lock, []
+
+    class Eager:
+        """Whenever the lock is let go, there is a request."""
+
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            with lock, open(os.devnull) as file, pytest.raises(Refused) as refusal:
+                memory._map(wish(flags=0), [file.fileno()])
+            refusals.append(refusal.value.status)
+
+    memory._lock = Eager()  # type: ignore[assignment]
+    memory.attach(None)
+    assert refusals == [errno.ENODEV]
+
+
 def test_descriptors_are_looked_at(tmp_path: os.PathLike[str]) -> None:
     path = os.path.join(tmp_path, "file")
     reader, writer = os.pipe()
