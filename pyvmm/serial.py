@@ -12,6 +12,7 @@ import os
 from time import monotonic
 
 from .files import write_all
+from .lean import Lock
 from .legacy.uart import Uart
 from .streams import ListeningStream, open_stream
 
@@ -39,6 +40,7 @@ class SerialPort:
 
     def __init__(self, option: str, config: StreamConfig, loop: EventLoop) -> None:
         self.listeners: list[Callable[[bytes], None]] = []
+        self._writing = Lock()  # taken for as long as a descriptor is written to: its number is used again
         self._loop = loop
         self._stream = open_stream(option, config)
         self.attach(lambda _: None)
@@ -63,7 +65,9 @@ class SerialPort:
         self._unwatch()
         if isinstance(self._stream, ListeningStream):
             self._loop.remove_reader(self._stream.listener.fileno())
-        self._stream.close()
+            self._stream.hang_up()
+        with self._writing:
+            self._stream.close()
 
     def _watch(self) -> None:
         if self._stream.input_fd >= 0:
@@ -79,7 +83,9 @@ class SerialPort:
     def _accept(self) -> None:
         self._unwatch()
         assert isinstance(self._stream, ListeningStream)
-        self._stream.accept()
+        self._stream.hang_up()
+        with self._writing:
+            self._stream.accept()
         self._watch()
 
     def _input(self) -> None:
@@ -92,14 +98,16 @@ class SerialPort:
         else:
             self._unwatch()
             if isinstance(self._stream, ListeningStream):
-                self._stream.drop()
+                self._stream.hang_up()
+                with self._writing:
+                    self._stream.drop()
 
     def _output(self, data: bytes) -> None:
         for listener in self.listeners:
             listener(data)
-        fd = self._stream.output_fd
-        if fd >= 0:
-            self._write(fd, data)
+        with self._writing:
+            if self._stream.output_fd >= 0:
+                self._write(self._stream.output_fd, data)
 
     def _write(self, fd: int, data: bytes) -> None:
         """Write `data` at the reader's pace; when the machine ends, a reader that is too slow loses bytes."""

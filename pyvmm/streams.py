@@ -7,6 +7,7 @@ happens.  It does not know which device uses the stream.
 from __future__ import annotations
 
 import os
+from _socket import SHUT_RDWR
 
 from . import log
 from .errors import ConfigError
@@ -101,6 +102,7 @@ class ListeningStream(Stream):
         super().__init__()
         import socket
 
+        self._peer: socket.socket | None = None
         if len(os.fsencode(path)) > SOCKET_PATH_MAX:
             raise ConfigError(f"{option}: {path}: is longer than {SOCKET_PATH_MAX} bytes; use a shorter path")
         self._file = SocketFile(path)
@@ -118,13 +120,20 @@ class ListeningStream(Stream):
         """Take the waiting peer; an earlier one is dropped."""
         peer, _ = self.listener.accept()
         self.drop()
-        fd = peer.detach()
-        self.input_fd = self.output_fd = fd
-        self._owned = (fd,)
+        self._peer = peer
+        self.input_fd = self.output_fd = peer.fileno()
+
+    def hang_up(self) -> None:
+        """End the connection, if there is one: a thread that writes to the peer notices at once."""
+        if self._peer is not None:
+            self._peer.shutdown(SHUT_RDWR)
 
     def drop(self) -> None:
-        """Forget the peer."""
+        """Forget the peer, to whom nobody writes any more."""
         super().close()
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
 
     def close(self) -> None:
         """Close everything and remove the socket."""

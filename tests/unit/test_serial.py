@@ -180,3 +180,31 @@ def test_a_listening_socket_and_its_peers(
                 assert peer.recv(9) == word
         close(loop, serial)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_was_for_a_peer_that_was_replaced_goes_nowhere_else(
+    loop: EventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descriptor's number is the next file's."""
+    monkeypatch.chdir(tmp_path)
+    serial = port(loop, StreamConfig("socket", "s"))
+    with socket.socket(socket.AF_UNIX) as still, socket.socket(socket.AF_UNIX) as peer:
+        still.connect("s")
+        eventually(lambda: serial._stream.output_fd >= 0)
+        before = serial._stream.output_fd
+        writer = threading.Thread(target=serial._output, args=(bytes(1 << 20),))
+        writer.start()
+        sleep(0.3)
+        assert writer.is_alive(), "this peer reads nothing"
+        peer.connect("s")
+        writer.join(5)
+        assert not writer.is_alive()
+        eventually(lambda: serial._stream.output_fd >= 0)
+        others = [os.memfd_create(f"file {number}") for number in range(3)]
+        assert before in [*others, serial._stream.output_fd]
+        say(serial, b"for you")
+        assert peer.recv(99) == b"for you"
+        assert [os.fstat(fd).st_size for fd in others] == [0, 0, 0]
+        close(loop, serial)
+        for fd in others:
+            os.close(fd)
