@@ -114,10 +114,10 @@ class EventLoop:
         self._readers.clear()
         self._timers.clear()
         self._epoll.close()
-        if self._waker >= 0:
+        waker, self._waker = self._waker, -1  # first: another thread may want to wake us while we close
+        if waker >= 0:
+            os.close(waker)
             os.close(self._woken)
-            os.close(self._waker)
-            self._waker = -1
 
     def __enter__(self) -> Self:
         return self

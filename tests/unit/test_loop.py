@@ -139,3 +139,17 @@ def test_what_cannot_be_waited_for_is_refused_and_forgotten() -> None:
             loop.add_reader(fd, lambda: None)
         loop.remove_reader(fd)
     os.close(fd)
+
+
+def test_a_thread_may_call_while_the_loop_closes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was left behind: what it writes to would be closed, or somebody else's by then."""
+    loop, close = EventLoop(), os.close
+
+    def meanwhile(fd: int) -> None:
+        close(fd)
+        loop.call_soon_threadsafe(lambda: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", meanwhile)
+        loop.close()
+    loop.close()
