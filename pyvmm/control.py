@@ -39,21 +39,25 @@ class ControlSocket:
 
         self._stream = ListeningStream("--control", path)
         self._describe, self._ram_fd, self._loop = describe, ram_fd, loop
-        loop.add_reader(self._stream.listener.fileno(), self._tell)
+        loop.add_reader(self._stream.listener.fileno(), self._connected)
 
     def close(self) -> None:
         """Stop listening and remove the socket."""
         self._loop.remove_reader(self._stream.listener.fileno())
         self._stream.close()
 
+    def _connected(self) -> None:
+        """Who has gone again, or does not listen, is not told; nor is anybody while descriptors are short."""
+        try:
+            self._tell()
+        except OSError:
+            return
+
     def _tell(self) -> None:
         import json
         import socket
 
-        try:
-            peer, _ = self._stream.listener.accept()
-        except OSError:
-            return  # it has gone again, or we have no descriptor left
+        peer, _ = self._stream.listener.accept()
         with peer:
             if _user(peer) not in (0, os.geteuid()):
                 return
@@ -63,8 +67,6 @@ class ControlSocket:
             memory = os.open(f"/proc/self/fd/{self._ram_fd}", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 socket.send_fds(peer, [data], [memory])
-            except OSError:
-                return  # who does not listen is not told
             finally:
                 os.close(memory)
 

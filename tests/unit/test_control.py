@@ -1,0 +1,53 @@
+"""The control socket of no machine: what may go wrong with it while a machine runs."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from fakes.backend import no_new_fds
+
+from pyvmm.control import ControlSocket
+from pyvmm.loop import EventLoop
+
+
+@contextmanager
+def descriptors_left(count: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    while held[-1] < highest:
+        held.append(os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held[-1] + 1 + count, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in held:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_who_connects_while_descriptors_are_short_does_not_end_the_machine(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There may be none for the connection, or none for the memory."""
+    monkeypatch.chdir(tmp_path)
+    ram = os.memfd_create("ram")
+    with no_new_fds(), EventLoop() as loop:
+        control = ControlSocket("s", lambda: {"pid": 1}, ram, loop)
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect("s")
+            with descriptors_left(count):
+                loop._turn(1)
+            loop.call_later(0.1, loop.stop)
+            loop.run()
+            peer.setblocking(False)
+            assert count or peer.recv(99) == b'{"pid": 1}', "it waited for better times"
+        control.close()
+    os.close(ram)
