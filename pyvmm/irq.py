@@ -82,9 +82,11 @@ class InterruptRouter:
 
     def free_gsi(self, gsi: int) -> None:
         """Give back what `allocate_gsi` gave; its irqfd must be gone."""
-        self.clear(gsi)
-        with self._lock:
-            self._free.append(gsi)
+        try:
+            self.clear(gsi)
+        finally:
+            with self._lock:
+                self._free.append(gsi)
 
     def set_msi(self, gsi: int, address: int, data: int) -> None:
         """Route `gsi` to the message `data` written at `address`; free when it is so already."""

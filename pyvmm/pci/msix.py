@@ -81,8 +81,6 @@ class MsixTable:
             self._masked = bool(control & FUNCTION_MASK)
             for vector in self._vectors:
                 self._update(vector)
-                if not self.enabled:
-                    self._forget_route(vector)
 
     def trigger(self, vector: int) -> None:
         """Raise `vector` from this process."""
@@ -106,7 +104,6 @@ class MsixTable:
             self.enabled = False
             for vector in self._vectors:
                 self._update(vector)
-                self._forget_route(vector)
                 os.close(vector.fd)
             self._vectors.clear()
 
@@ -149,6 +146,8 @@ class MsixTable:
                 self._disconnect(vector)
             elif live and moved:
                 self._route(vector)
+            if not self.enabled:
+                self._forget_route(vector)
         except OSError as error:
             log.once((self._name, "irqfd"), f"{self._name}: KVM refused an interrupt route: {error}")
 

@@ -134,6 +134,18 @@ def test_refusals_cost_interrupts_only(vm, table, what, capfd):
     assert drain(table.fd(0))
 
 
+def test_a_refusal_to_forget_a_route_costs_nothing(vm, table, capfd):
+    table.set_control(ENABLE)
+    fill(table, 0, 1)
+    vm.refuse.add("routing")
+    table.set_control(0)
+    assert "KVM refused" in capfd.readouterr().err
+    vm.refuse.clear()
+    table.set_control(ENABLE)
+    assert vm.message(table.fd(0)) == (ADDRESS, 1)
+    assert vm.irqfds == {table.fd(0): layout.GSI_COUNT}  # the number is not lost
+
+
 @pytest.mark.parametrize("count", [0, 2049])
 def test_bad_counts(vm, count):
     with pytest.raises(ValueError, match="1 to 2048"):
