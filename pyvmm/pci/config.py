@@ -73,8 +73,7 @@ class ConfigSpace:
 
     def is_plain(self, offset: int, width: int) -> bool:
         """Whether reading there is no more than looking at `data`."""
-        hooks = self._before_read
-        return offset & ~3 not in hooks and offset + width - 1 & ~3 not in hooks
+        return self._before_read.keys().isdisjoint(_dwords(offset, width))
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Change the writable ones of the bits at `offset`, then call the hooks there."""
@@ -88,12 +87,8 @@ class ConfigSpace:
 
     @staticmethod
     def _call(hooks: dict[int, Hook], offset: int, width: int) -> None:
-        dword = offset & ~3
-        hook = hooks.get(dword)
-        if hook is not None:
-            hook()
-        if offset + width > dword + 4:  # ECAM lets a guest touch two dwords at once
-            hook = hooks.get(dword + 4)
+        for dword in _dwords(offset, width):
+            hook = hooks.get(dword)
             if hook is not None:
                 hook()
 
@@ -166,3 +161,8 @@ class ConfigSpace:
     def command(self) -> int:
         """The command register."""
         return self.data[COMMAND] | self.data[COMMAND + 1] << 8
+
+
+def _dwords(offset: int, width: int) -> range:
+    """Where the dwords begin that an access touches: ECAM lets a guest touch three at once."""
+    return range(offset & ~3, offset + width, 4)

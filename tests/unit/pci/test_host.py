@@ -318,6 +318,10 @@ class TestConfigSpace:
         space.read(0x40, 4)
         space.read(0x40, 8)
         assert seen == ["low", "high", "low", "high", "low", "read"]
+        seen.clear()
+        space.write(0x3D, 8, 5)  # three of them, where nothing is aligned
+        assert seen == ["low", "high"]
+        assert not space.is_plain(0x3D, 8) and not space.is_plain(0x41, 8) and space.is_plain(0x3C, 8)
 
     def test_nothing_grows_past_the_end(self):
         space = ConfigSpace(IDENTITY)
