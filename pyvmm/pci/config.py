@@ -92,11 +92,6 @@ class ConfigSpace:
             if hook is not None:
                 hook()
 
-    def restore(self, image: bytes) -> None:
-        """Give every bit that the guest may change the value that it has in `image`."""
-        for offset, (now, mask, then) in enumerate(zip(self.data, self._mask, image, strict=True)):
-            self.data[offset] = now & ~mask | then & mask
-
     # -- the device's side -----------------------------------------------------------
     def get(self, offset: int, width: int) -> int:
         """What is stored, with no hook."""

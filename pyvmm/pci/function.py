@@ -42,7 +42,6 @@ class PciFunction:
         self.config = ConfigSpace(identity)
         self.bars: dict[int, Bar] = {}
         self.line: IrqLine | None = None
-        self._initial = b""
         self._remap: Callable[[PciFunction], None] = lambda _: None
         self._config_lock = Lock()
         self._line_lock = Lock()
@@ -91,13 +90,12 @@ class PciFunction:
         """The host bridge takes the function in: whom to tell of BAR changes, where INTx goes."""
         self._remap = remap
         self.line = line
-        self._initial = bytes(self.config.data)
 
     def reset(self) -> None:
-        """The machine restarts: BARs back where they were assigned, decoding off; no CPU runs."""
-        with self._config_lock:
-            self.config.restore(self._initial)
-            self._command_written()
+        """The machine restarts: whoever works for the function lets go of memory; no virtual CPU runs.
+
+        Its registers stay as they are: the next machine has a new function.
+        """
 
     def decoded(self, bar: Bar) -> int | None:
         """Address at which the guest wants `bar`, None while memory decoding is off."""

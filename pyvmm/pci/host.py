@@ -112,8 +112,7 @@ class PciHost:
         return lines
 
     def reset(self) -> None:
-        """The machine restarts: every function as it was added; no virtual CPU runs."""
-        self.ports.reset()
+        """The machine restarts: see `PciFunction.reset`."""
         for function in self._functions.values():
             function.reset()
 
@@ -208,10 +207,6 @@ class ConfigPorts:
 
     def __init__(self, host: PciHost) -> None:
         self._host = host
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the address."""
         self._address = 0
 
     def read(self, offset: int, width: int) -> int:

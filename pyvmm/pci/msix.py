@@ -91,13 +91,6 @@ class MsixTable:
         for vector in vectors:
             drain(self._vectors[vector].fd)
 
-    def reset(self) -> None:
-        """Disabled, every vector masked and empty, nothing pending."""
-        self.set_control(0)
-        for vector in self._vectors:
-            vector.words[:] = FRESH
-        self.drain(range(len(self._vectors)))
-
     def close(self) -> None:
         """Take every vector from KVM and close its eventfd."""
         with self._lock:

@@ -104,11 +104,9 @@ class VirtioPciFunction(PciFunction):
             self._bind_doorbells(self._doorbell_base, assign=True)
 
     def reset(self) -> None:
-        """The machine restarts: stop the backend, then as a driver finds it first."""
+        """The machine restarts: stop the backend."""
         with self.device.driver_lock:
             self.device.write_status(0)
-        self.msix.reset()
-        super().reset()
 
     def close(self) -> None:
         """Unbind doorbells and interrupts and let go of the backend; no virtual CPU runs any more."""
