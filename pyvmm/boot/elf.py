@@ -78,7 +78,7 @@ def parse(fd: int, name: str) -> Elf:
     elf_class = _check_header(header, name)
     entry, phoff, _, _, _, phentsize, phnum = _EHDR[elf_class].unpack_from(header)
     shape = _PHDR[elf_class]
-    table = os.pread(fd, shape.size * phnum, phoff)
+    table = os.pread(fd, shape.size * phnum, min(phoff, size))
     if phentsize != shape.size or len(table) < shape.size * phnum:
         raise _broken(name, "its program headers are cut off or malformed")
     segments = []

@@ -8,6 +8,7 @@ import pytest
 from fakes import kernels
 
 from pyvmm.boot import elf
+from pyvmm.errors import ConfigError
 
 
 def test_notes() -> None:
@@ -32,3 +33,12 @@ def test_absurdly_long_notes_are_not_searched(tmp_path: Path) -> None:
     path.write_bytes(kernels.elf(notes=kernels.pvh_note().ljust(2 << 20, b"\0")))
     with path.open("rb") as file:
         assert elf.parse(file.fileno(), "vmlinux").pvh_entry is None
+
+
+@pytest.mark.parametrize("offset", [1 << 20, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_program_headers_where_no_file_can_be(offset: int, tmp_path: Path) -> None:
+    path, data = tmp_path / "vmlinux", bytearray(kernels.elf())
+    data[32:40] = offset.to_bytes(8, "little")
+    path.write_bytes(data)
+    with path.open("rb") as file, pytest.raises(ConfigError, match="its program headers are cut off"):
+        elf.parse(file.fileno(), "vmlinux")
