@@ -164,26 +164,25 @@ def _create(directory: str) -> tuple[int, str]:
 
 
 def _prune(directory: str, keep: str) -> None:
-    """Remove all but the newest entries, and what interrupted runs left behind."""
+    """Remove all but the newest entries, and what interrupted runs left behind.
+
+    Another process may be doing the same; what this one leaves, the next one removes.
+    """
     now = time()
-    with os.scandir(directory) as found:
-        files = [
-            (entry.stat(follow_symlinks=False).st_mtime, entry.path, entry.name)
-            for entry in found
-            if entry.is_file()
-        ]
-    finished = sorted((item for item in files if not item[2].startswith(_TEMPORARY)), reverse=True)
-    stale = [item for item in files if item[2].startswith(_TEMPORARY) and now - item[0] > _STALE_SECONDS]
-    for _, path, _ in finished[CACHE_ENTRIES:] + stale:
-        if path != keep:
-            _remove(path)
-
-
-def _remove(path: str) -> None:
     try:
-        os.unlink(path)
-    except FileNotFoundError:
-        return  # another process pruned it
+        with os.scandir(directory) as found:
+            files = [
+                (entry.stat(follow_symlinks=False).st_mtime, entry.path, entry.name)
+                for entry in found
+                if entry.is_file()
+            ]
+        finished = sorted((item for item in files if not item[2].startswith(_TEMPORARY)), reverse=True)
+        stale = [item for item in files if item[2].startswith(_TEMPORARY) and now - item[0] > _STALE_SECONDS]
+        for _, path, _ in finished[CACHE_ENTRIES:] + stale:
+            if path != keep:
+                os.unlink(path)
+    except OSError as error:
+        log.debug(f"{directory}: {error.strerror}")
 
 
 def _gzip(data: memoryview) -> Iterator[bytes]:

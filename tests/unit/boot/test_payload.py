@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,33 @@ def test_left_overs_of_interrupted_runs_go_when_they_are_old(cache: Cache) -> No
     cache.open()
     assert old.name not in cache.names()
     assert new.name in cache.names()
+
+
+@pytest.mark.parametrize("failing", ["stat", "unlink"])
+def test_another_process_that_removes_the_same_entries_is_no_failure(
+    cache: Cache, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.place.mkdir()
+    for number in range(9):
+        (cache.place / f"old{number}").touch()
+    scandir = os.scandir
+
+    @contextmanager
+    def scanned(path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        with scandir(path) as found:
+            entries = [*found]
+        if failing == "stat":
+            (cache.place / "old0").unlink()
+        yield iter(entries)
+
+    def gone(path: str) -> None:
+        raise FileNotFoundError(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", scanned)
+        if failing == "unlink":
+            patch.setattr(os, "unlink", gone)
+        assert cache.open()[0] == ELF
 
 
 def test_a_failure_leaves_nothing(cache: Cache) -> None:
