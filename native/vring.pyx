@@ -856,21 +856,21 @@ cdef class VRing(Ring):
         cdef Descriptor item
         cdef Verdict verdict
         cdef const char *table = self.desc
+        cdef bint nested = False    # the table may be the ring's own: its place does not tell
         cdef uint32_t length = self.size, left = max(self.size, <uint32_t> LEAST_CHAIN_LIMIT)
         while True:
             if index >= length:
                 return BAD_INDEX
             load_descriptor(&item, table + DESC_BYTES * <uint64_t> index)
             if item.flags & DESC_INDIRECT:
-                if not self.indirect or table != self.desc or item.flags & DESC_NEXT:
+                if not self.indirect or nested or item.flags & DESC_NEXT:
                     return BAD_INDIRECT
                 if item.length == 0 or item.length % DESC_BYTES:
                     return BAD_INDIRECT
                 table = self.memory.span(item.address, item.length)
                 if table == NULL:
                     return BAD_ADDRESS
-                length = item.length // DESC_BYTES
-                index = 0
+                nested, length, index = True, item.length // DESC_BYTES, 0
                 continue
             if left == 0:
                 return TOO_LONG

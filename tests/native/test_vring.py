@@ -281,6 +281,12 @@ def indirect_in_indirect(queue):
     queue.offer(0)
 
 
+@break_with("indirect")
+def indirect_table_is_the_ring_itself(queue):
+    queue.descriptor(0, queue.desc, 16 * queue.size, INDIRECT)
+    queue.offer(0)
+
+
 @break_with("loop")
 def indirect_loops(queue):
     table = queue.ram.put(struct.pack("<QIHH", 0, 1, NEXT, 0))
