@@ -140,9 +140,9 @@ class EventLoop:
 
     def _turn(self, timeout: float | None) -> None:
         """Wait for something to happen, at most so many seconds, and dispatch it."""
-        for fd, _ in self._epoll.poll(timeout):
-            callback = self._readers.get(fd)
-            if callback is not None:
+        ready = [(fd, self._readers.get(fd)) for fd, _ in self._epoll.poll(timeout)]
+        for fd, callback in ready:
+            if callback is not None and self._readers.get(fd) is callback:  # else it was another file's
                 callback()
         self._run_timers()
 

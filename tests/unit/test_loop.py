@@ -153,3 +153,28 @@ def test_a_thread_may_call_while_the_loop_closes(monkeypatch: pytest.MonkeyPatch
         patch.setattr(os, "close", meanwhile)
         loop.close()
     loop.close()
+
+
+def test_what_was_ready_under_a_number_says_nothing_of_its_next_owner() -> None:
+    """Two are ready, and the first callback closes the other one, whose number the next reader gets."""
+    pipes = [os.pipe() for _ in range(2)]
+    renewed: list[int] = []
+    with EventLoop() as loop:
+
+        def first() -> None:
+            for ours, theirs in pipes:
+                loop.remove_reader(ours)
+                os.close(ours)
+                os.close(theirs)
+            for _ in pipes:
+                renewed.extend(os.pipe())
+            for fd in renewed:
+                loop.add_reader(fd, lambda: pytest.fail("nothing is ready there"))
+
+        for ours, theirs in pipes:
+            loop.add_reader(ours, first)
+            os.write(theirs, b"x")
+        loop._turn(1)
+        assert {fd for pair in pipes for fd in pair} == set(renewed)
+    for fd in renewed:
+        os.close(fd)
