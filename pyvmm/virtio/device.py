@@ -178,11 +178,11 @@ class VirtioDevice:
                 log.warn(f"{self.name}: the backend did not reset: {error}")
         else:
             self.backend.agree(0)
-        self._started = self._failed = False
+        self._started = False
         self._active = []
         with self._state_lock:
             self.status = 0
-            self._config_changed = False
+            self._failed = self._config_changed = False
         self.driver_features = 0
         for queue, kick in zip(self.queues, self.kicks, strict=True):
             queue.reset()
@@ -237,8 +237,7 @@ class VirtioDevice:
 
     def config_refused(self) -> None:
         """The backend did not do what the driver asked of its configuration space: ask for a reset."""
-        self._failed = True
-        self._need_reset()
+        self._need_reset(failed=True)
 
     # -- what the backend says, in the event loop's thread ------------------------------------
     def config_changed(self) -> None:
@@ -257,7 +256,7 @@ class VirtioDevice:
 
         A driver that acts upon it gets a device that works, sooner or later.
         """
-        self._need_reset()
+        self._need_reset(failed=False)
 
     def backend_back(self) -> None:
         """The backend goes on where it stopped: DEVICE_NEEDS_RESET is taken back.
@@ -276,16 +275,17 @@ class VirtioDevice:
         A device that no driver has found keeps status 0: one that waits for a reset to read 0
         would wait for ever.
         """
-        self._failed = True
-        if self._need_reset():
+        if self._need_reset(failed=True):
             log.warn(f"{self.name}: {reason}; the device asks the guest for a reset")
 
-    def _need_reset(self) -> bool:
-        """Whether that is news to a driver."""
+    def _need_reset(self, *, failed: bool) -> bool:
+        """Whether that is news to a driver; what `failed` is so until the reset."""
         with self._state_lock:
-            known = not self.status or self.status & spec.NEEDS_RESET
-            if self.status:
-                self.status |= spec.NEEDS_RESET
+            if not self.status:
+                return False
+            known = self.status & spec.NEEDS_RESET
+            self.status |= spec.NEEDS_RESET
+            self._failed |= failed
             if self.status & spec.DRIVER_OK and not known:  # a driver may read what fails in answer to this
                 self._interrupts.config_changed()
         return not known

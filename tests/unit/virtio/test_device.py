@@ -258,6 +258,15 @@ class TestConfiguration:
         assert (device.status, interrupts.config) == (0x4F, 1)
         backend.on_back()
         assert device.status == 0x4F, "only a reset ends that"
+
+    def test_a_refusal_before_there_is_a_driver_is_not_held_against_the_next_backend(self, device, backend):
+        backend.on_config_refused()
+        negotiated(device)
+        steps(device, 0xF)
+        backend.on_away()
+        assert device.status == 0x4F
+        backend.on_back()
+        assert device.status == 0xF
         assert steps(device, 0) == 0
 
     def test_lost_is_said_once(self, device, backend, interrupts, capfd):
