@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .loop import EventLoop
 
 CHUNK = 4096  # of input
+MOST_WAITING = 1 << 16  # bytes of input that the guest has not read; more stays with whoever sends it
+PAUSE = 0.02  # seconds until that is looked at again
 LAST_SECONDS = 0.5  # that a reader gets when the machine ends
 READER_GONE = (
     errno.EPIPE, errno.EIO, errno.EBADF, errno.ENOSPC, errno.ECONNRESET, errno.ENOTCONN, errno.EAGAIN,
@@ -89,6 +91,10 @@ class SerialPort:
         self._watch()
 
     def _input(self) -> None:
+        if self.uart.waiting >= MOST_WAITING:
+            self._unwatch()
+            self._loop.call_later(PAUSE, self._watch)
+            return
         try:
             data = os.read(self._stream.input_fd, CHUNK)
         except OSError:

@@ -208,3 +208,22 @@ def test_what_was_for_a_peer_that_was_replaced_goes_nowhere_else(
         close(loop, serial)
         for fd in others:
             os.close(fd)
+
+
+def test_input_that_nobody_reads_stays_with_whoever_sent_it(loop: EventLoop) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        serial = port(loop, StreamConfig("fd", fd=theirs.fileno()))
+        text = bytes(range(256)) * 4000
+        sender = threading.Thread(target=ours.sendall, args=(text,))
+        sender.start()
+        sender.join(0.5)
+        assert sender.is_alive() and serial.uart.waiting < len(text) / 4
+        found = bytearray()
+        due = monotonic() + 20
+        while len(found) < len(text):
+            assert monotonic() < due
+            found += bytes(serial.uart.read(DATA, 1) for _ in range(serial.uart.waiting))
+        sender.join()
+        assert found == text
+        close(loop, serial)
