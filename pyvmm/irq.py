@@ -123,10 +123,6 @@ class InterruptRouter:
         """A new source on the pin `gsi`; several may share one pin."""
         return IrqLine(self, gsi)
 
-    def set_line(self, gsi: int, level: bool) -> None:
-        """Set a pin that has a single source."""
-        self._vm.irq_line(gsi, level)
-
     def set_source(self, gsi: int, source: IrqLine, level: bool) -> None:
         """Change one source's level and the pin's when that changes it (see `IrqLine.set`)."""
         with self._lock:

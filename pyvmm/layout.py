@@ -18,7 +18,6 @@ ZERO_PAGE = 0x7000  # struct boot_params (Linux Documentation/arch/x86/zero-page
 BOOT_STACK = 0x8FF0
 BOOT_PML4 = 0x9000  # PML4, PDPT and four page directories: 0x9000..0xEFFF
 CMDLINE = 0x2_0000
-CMDLINE_MAX = 0x1_0000
 LOW_RAM_TOP = 0x9_FC00  # where a BIOS would put its EBDA; RAM ends here for the guest
 ACPI_TABLES = 0xE_0000  # RSDP first; reserved in the memory map up to 1 MiB
 ACPI_TABLES_END = 0x10_0000
@@ -42,7 +41,6 @@ MMIO64_ALIGN = 4 * GIB
 PORT_COM1, IRQ_COM1 = 0x3F8, 4
 PORT_PCI_ADDRESS, PORT_PCI_DATA = 0xCF8, 0xCFC
 PORT_SLEEP, PORT_RESET = 0x600, 0x604  # ACPI sleep control / status, reset register
-SCI_IRQ = 9
 PCI_INTX_IRQS = (16, 17, 18, 19)  # IOAPIC pins of INTA..INTD after swizzling
 GSI_COUNT = 24  # IOAPIC pins; MSI routes are numbered from here up
 

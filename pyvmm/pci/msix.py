@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ..irq import InterruptRouter
 
 CAPABILITY_ID = 0x11
-ENTRY_SIZE = 16
 MAX_VECTORS = 2048
 ENABLE, FUNCTION_MASK = 0x8000, 0x4000  # message control
 VECTOR_MASK = 1  # vector control

@@ -7,6 +7,7 @@ must not know what the device is: that is the frontend's.
 
 from __future__ import annotations
 
+import os
 from time import monotonic
 
 from ..errors import BackendLost, RemoteProtocolError
@@ -48,7 +49,7 @@ class Client:
         self.started = False  # the device runs, or may do so
         self.running: Running = ()  # the rings that do
         self.regions: tuple[MemRegion, ...] = ()  # what the backend has in its memory slots
-        self._requester = Requester(FRONTEND_REQUESTS, self.negotiation, _close_fd)
+        self._requester = Requester(FRONTEND_REQUESTS, self.negotiation, os.close)
 
     def call(self, name: str, payload: Payload = NOTHING, fds: Sequence[int] = ()) -> Payload:
         """Send a request and wait for its reply or ack, if one is due.
@@ -133,7 +134,3 @@ class Client:
         """Close the connection."""
         self._requester.decoder.close()
         self.channel.close()
-
-
-def _close_fd(fd: int) -> None:
-    close_all((fd,))

@@ -11,6 +11,7 @@ must not know the layout of any device's configuration.
 from __future__ import annotations
 
 from ..errors import RemoteProtocolError
+from ..virtio.kinds import ABSORB, WHOLE
 from .client import Refusal
 from .messages import CONFIG_WRITABLE
 from .payloads import Config
@@ -18,11 +19,6 @@ from .payloads import Config
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .client import Client
-
-# write policies
-FORWARD = "forward"  # exactly what the driver wrote
-WHOLE = "whole"  # the whole space, for backends that ignore the offset
-ABSORB = "absorb"  # kept here: the backend cannot take it (virtio-scsi)
 
 SHRINK = 4  # step in which a smaller structure is tried; fields are at most this wide at the end
 

@@ -9,11 +9,12 @@ notice means to the device: a handler does, found by the request's name.
 
 from __future__ import annotations
 
+import os
 from time import monotonic
 
 from ..errors import BackendLost, RemoteProtocolError
 from ..lean import Lock
-from .channel import close_all, pair
+from .channel import pair
 from .messages import BACKEND_REQUESTS
 from .session import Responder
 
@@ -37,7 +38,7 @@ class Notices:
 
     def __init__(self, negotiation: Negotiation, handlers: Mapping[str, Handler]) -> None:
         self._channel, self._theirs = pair()
-        self._responder = Responder(BACKEND_REQUESTS, negotiation, _close_fd)
+        self._responder = Responder(BACKEND_REQUESTS, negotiation, os.close)
         self._handlers = handlers
         self.observe: Observe | None = None  # does what `_handle` does, and looks on
         self.ended = False
@@ -108,7 +109,3 @@ class Notices:
         self._responder.decoder.close()
         self._channel.close()
         self._theirs.close()
-
-
-def _close_fd(fd: int) -> None:
-    close_all((fd,))

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .endpoint import Endpoint
 
 RECONNECT, STOP, FAIL = "reconnect", "stop", "fail"
-POLICIES = (RECONNECT, STOP, FAIL)
 
 FIRST_PAUSE = 0.05  # seconds between two attempts, doubling up to the endpoint's `longest_pause`
 

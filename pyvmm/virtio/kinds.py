@@ -14,8 +14,8 @@ a kind is data, and an id that is not here works too.
 `write_policy` is what becomes of a driver's write to its configuration space:
 
     forward  handed on, exactly the bytes written
-    whole    handed on with everything before it: the driver selects what it then reads, and backends want
-             the selectors together (input)
+    whole    handed on with the rest of the space: the driver selects what it then reads, and backends want
+             the selectors together, at offset 0 (input)
     absorb   kept by the VMM and read back: the driver tells the device what backends refuse to be told
 
 `max_size` is the largest queue that the known backends take; those in Rust end the connection at a
