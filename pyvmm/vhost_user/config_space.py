@@ -30,6 +30,7 @@ class LocalConfig:
         self.size = len(data)
         # by the driver, the latest last, which a later backend has not seen: (offset, length) -> bytes
         self.written: dict[tuple[int, int], bytes] = {}
+        self._given = data
         self._bytes = bytearray(data)
 
     def last(self, offset: int, length: int) -> bytes:
@@ -48,6 +49,11 @@ class LocalConfig:
             place = (offset, len(data))
             self.written.pop(place, None)  # what is written to the same bytes again moves to the end
             self.written[place] = data
+
+    def forget(self) -> None:
+        """The driver has reset the device: what it wrote is no more."""
+        self.written.clear()
+        self._bytes[:] = self._given
 
     def write(self, client: Client, offset: int, data: bytes) -> None:
         """Hand on what was kept."""
@@ -76,6 +82,10 @@ class BackendConfig(LocalConfig):
         if not self._fetch(client):
             raise Refusal("the backend refused GET_CONFIG")
         return self.last(offset, length)
+
+    def forget(self) -> None:
+        """The rest is the backend's, which is asked at the next read."""
+        self.written.clear()
 
     def write(self, client: Client, offset: int, data: bytes) -> None:
         """Write through by the policy; raises Refusal when the backend does not take it."""

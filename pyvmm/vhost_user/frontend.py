@@ -90,7 +90,7 @@ class Frontend:
         self.on_lost: Callable[[str], None] = _nothing
         self.on_away: Callable[[], None] = _nothing
         self.on_back: Callable[[], None] = _nothing
-        self._loop, self._deadline = loop, deadline
+        self._loop, self._deadline, self._trace = loop, deadline, trace
         self._lock = Lock()
         self._on_loss, self._replaced = on_loss, on_loss == RECONNECT and not self._endpoint.final
         self._retired: Link | None = None
@@ -106,7 +106,6 @@ class Frontend:
         self._inflight = InflightBuffer(len(self.queue_sizes), max(self.queue_sizes))
         self._memory = MemoryTable(ram)
         self._recovery = Recovery(self.name, loop, self._endpoint, self._restore, self._recovered, patience)
-        self._trace = trace
         self._link: Link | None = Link(self._endpoint.connect(connect_timeout), deadline, trace)
         self._holder = self._endpoint.holder()  # who got guest memory last, if it is a process of ours
         self._handlers: dict[str, Handler] = {"CONFIG_CHANGE_MSG": self._note_config_change}
@@ -118,11 +117,12 @@ class Frontend:
 
     # -- start and stop ----------------------------------------------------------------
     def agree(self, features: int) -> bool:
-        """The driver settles on `features`: whether it can.  Until a reset each backend must have them."""
+        """The driver settles on `features`: whether it can.  Until a reset, 0, no backend may lack them."""
         with self._lock:
             possible = not features & ~self.features
-            if possible:
-                self._accepted = features
+            self._accepted = features if possible else self._accepted
+            if not features:
+                self._config.forget()
             return possible
 
     def activate(self, features: int, queues: Sequence[QueueSetup]) -> None:
@@ -151,7 +151,7 @@ class Frontend:
             except ProtocolError as error:
                 log.debug(f"{self.name}: reset: {error}")
             self._inflight.drop()
-            self._config.written.clear()
+            self._config.forget()
             self.mappings.clear()
             lost = self._link is None and not self._ending  # a process gets its time to end in order then
             holder = self._holder if lost else None

@@ -357,6 +357,19 @@ def test_given_configuration_stays_here(bench: Bench) -> None:
     assert not {"GET_CONFIG", "SET_CONFIG"} & set(backend.names)
 
 
+@pytest.mark.parametrize("forget", [Frontend.reset, lambda frontend: frontend.agree(0)])
+@pytest.mark.parametrize("config", [None, bytes(range(16))])
+def test_what_we_kept_for_a_driver_ends_with_its_reset(
+    bench: Bench, config: bytes | None, forget: Callable[[Frontend], object]
+) -> None:
+    """As virtio 1.3 wants of sense_size and cdb_size (5.6.4), whether the driver had come to run or not."""
+    frontend = bench.frontend(bench.backend(), FakeKind(write_policy="absorb"), config=config)
+    frontend.write_config(4, b"ab")
+    assert frontend.read_config(3, 4) == b"\3ab\6"
+    forget(frontend)
+    assert frontend.read_config(3, 4) == b"\3\4\5\6"
+
+
 def test_an_older_shorter_structure_is_found(bench: Bench) -> None:
     frontend = bench.frontend(bench.backend(config=bytes(range(9))), FakeKind(config_size=32))
     assert frontend.config_size == 8
