@@ -80,6 +80,15 @@ class _Output:
         self.fd = fd
         self.pending: deque[memoryview] = deque()
         self.taken = 0  # bytes not yet given back to the guest as credit
+        self.credit = p.OUTPUT_WINDOW
+
+    def take(self, data: bytes) -> None:
+        """Let `data` wait; RemoteProtocolError when the guest has no credit for so much."""
+        self.credit -= len(data)
+        if self.credit < 0:
+            raise RemoteProtocolError("the guest's init sent more output than it was allowed to")
+        if data:
+            self.pending.append(memoryview(data))
 
     def write(self, limit: int) -> None:
         """Write at most `limit` bytes; raises OSError when nobody will take them any more."""
@@ -246,6 +255,7 @@ class CommandChannel:
             output.drop()
         if output.taken >= p.OUTPUT_WINDOW // 4:
             self._send(p.CREDIT, p.PAIR.pack(output.stream, output.taken))
+            output.credit += output.taken
             output.taken = 0
 
     # -- the socket ------------------------------------------------------------------------
@@ -303,7 +313,7 @@ class CommandChannel:
         if self._outcome is not None:
             return
         if kind in self._outputs:
-            self._outputs[kind].pending.append(memoryview(payload))
+            self._outputs[kind].take(payload)
         elif kind == p.CREDIT:
             self._input_credit += p.PAIR.unpack_from(payload)[1]
         elif kind == p.EXIT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
@@ -96,6 +97,29 @@ def test_exit_status(start: Start, signalled: int, number: int, status: int, sig
         init.exit(signalled, number)
 
     assert start(guest).run() == Outcome(status=status, signal=signal)
+
+
+def test_a_guest_that_sends_more_than_it_may_is_cut_off(start: Start) -> None:
+    """Nobody reads the command's output for a while: what waits must not be more than the window."""
+
+    def guest(init: FakeInit) -> None:
+        init.start()
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                init.send(p.STDOUT, bytes(p.DATA_MAX))
+            init.exit()
+
+    session = start(guest)
+
+    def read() -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(session.out, 1 << 20)
+        session.loop.call_later(0.01, read)
+
+    os.set_blocking(session.out, False)
+    session.loop.call_later(0.3, read)
+    outcome = session.run()
+    assert outcome.lost and "more output than it was allowed to" in (outcome.error or "")
 
 
 def test_streams_stay_apart_and_binary(start: Start) -> None:
