@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from .backend.device import Device
-    from .backend.endpoints import PortConfig
     from .backend.process import ConsoleProcess, DeviceProcess
     from .backend.wire import Wire
     from .loop import EventLoop
@@ -336,28 +335,8 @@ def _plugged(device: cfg.NetDevice) -> Wire:
         raise ConfigError(f"--net: {error}") from None
 
 
-class _ConsoleSpawner:
-    """Starts the console's process, again after a loss, and tells it the terminal's size."""
-
-    def __init__(self, ports: list[PortConfig], stream: Stream) -> None:
-        self._ports = ports
-        self._stream = stream
-
-    def __call__(self) -> ConsoleProcess:
-        from .backend import process
-
-        self._process = process.spawn_console(self._ports)
-        self.resize()
-        return self._process
-
-    def resize(self) -> None:
-        """Tell the guest; may be called in signal handlers."""
-        size = self._stream.size()
-        if size is not None:
-            self._process.resize(0, *size)
-
-
 def _console(device: cfg.ConsoleDevice) -> Prepared:
+    from .backend import process
     from .backend.endpoints import PortConfig
     from .streams import ListeningStream, open_stream
 
@@ -367,7 +346,19 @@ def _console(device: cfg.ConsoleDevice) -> Prepared:
         ports = [PortConfig("", True, stream.input_fd, stream.output_fd, listener)]
         ports += [PortConfig(port.name, False, port.fd, port.fd) for port in device.ports]
         queues = (128,) * (2 * len(ports) + 2)
-        spawn = _ConsoleSpawner(ports, stream)
+        running: ConsoleProcess
+
+        def spawn() -> ConsoleProcess:
+            nonlocal running
+            running = process.spawn_console(ports)
+            resize()
+            return running
+
+        def resize() -> None:
+            size = stream.size()
+            if size is not None:
+                running.resize(0, *size)
+
         prepared = _python(
             device.id or "console", "console", queues, spawn,
             final="the descriptors of its ports went with it" if device.ports else "",
@@ -375,7 +366,7 @@ def _console(device: cfg.ConsoleDevice) -> Prepared:
     except BaseException:
         stream.close()
         raise
-    prepared.stream, prepared.resize = stream, spawn.resize
+    prepared.stream, prepared.resize = stream, resize
     return prepared
 
 
