@@ -1,6 +1,6 @@
 """A child process by its descriptor: whether it has ended, how, and signals that reach no other.
 
-It owns the pidfd and the reaping.  How the child came to be, and how it is asked to end, is for
+It owns the pidfd, the process group and the reaping.  How the child came to be, and how it is asked to end, is for
 the classes built on it.  Each leads a session, and so a process group, of its own.
 """
 
@@ -16,13 +16,15 @@ class ChildProcess:
     """`pid` is a child of ours that nobody else waits for.  `pidfd` becomes readable when it ends.
 
     `status` is the exit status as a shell counts it (128 + n for signal n), once it is known.  `ended`,
-    `kill` and `destroy` are for any thread, the rest is for the owner's.
+    `kill` and `destroy` are for any thread, the rest is for the owner's.  It stays unreaped until `destroy`
+    or `forget`: as long as nobody else can get its number, that names its process group.
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self.status: int | None = None
+        self._reaped = False
         self._lock = Lock()  # guards status and descriptor
 
     def wait(self, seconds: float) -> int | None:
@@ -38,10 +40,10 @@ class ChildProcess:
         return self.wait(0) is not None or self.pidfd < 0
 
     def kill(self, number: int) -> None:
-        """Send a signal to it while it runs."""
+        """Send a signal to it and its process group while it runs."""
         with self._lock:
             if self._look():
-                signal.pidfd_send_signal(self.pidfd, number)
+                self._signal(number)
 
     def destroy(self, seconds: float) -> bool:
         """Kill it and all of its process group; whether it is over within so many seconds.
@@ -49,29 +51,48 @@ class ChildProcess:
         Its memory is given back then.  What left the group is not ours to find.
         """
         with self._lock:
+            fd = os.dup(self.pidfd) if self._look() else -1  # the owner may close it meanwhile
+            if fd >= 0:
+                self._signal(signal.SIGKILL)
+        if fd >= 0:
+            _readable(fd, seconds)
+            os.close(fd)
+        with self._lock:
             if not self._look():
-                return True
-            fd = os.dup(self.pidfd)  # the owner may close the other one meanwhile
-            try:
-                os.killpg(self.pid, signal.SIGKILL)
-            except ProcessLookupError:  # just forked: it does not lead a group yet
-                signal.pidfd_send_signal(fd, signal.SIGKILL)
-        _readable(fd, seconds)
-        os.close(fd)
+                self._reap()
         return self.ended()
 
     def forget(self) -> None:
-        """Close the descriptor."""
+        """Kill what it has left in its process group, reap it, and close the descriptor."""
         with self._lock:
+            self._look()
+            self._reap()
             os.close(self.pidfd)
             self.pidfd = -1
 
     def _look(self) -> bool:
-        """Whether it still runs; it is reaped if not."""
+        """Whether it still runs."""
         if self.status is None and self.pidfd >= 0 and _readable(self.pidfd, 0):
-            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-            self.status = code if code >= 0 else 128 - code
+            end = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+            assert end is not None
+            self.status = end.si_status + (0 if end.si_code == os.CLD_EXITED else 128)
         return self.status is None and self.pidfd >= 0
+
+    def _signal(self, number: int) -> None:
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:  # just forked: it does not lead a group yet
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def _reap(self) -> None:
+        if self.status is None or self._reaped:
+            return
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # it never led a group, or what is left has become another user's
+        os.waitpid(self.pid, 0)
+        self._reaped = True
 
 
 def _readable(fd: int, seconds: float) -> bool:

@@ -155,8 +155,9 @@ class Frontend:
             self.mappings.clear()
             lost = self._link is None and not self._ending  # a process gets its time to end in order then
             holder = self._holder if lost else None
-        if holder is not None and not holder.ended():
-            log.warn(f"{self.name}: the lost backend is killed, lest it write to the guest's memory later")
+        if holder is not None:
+            if not holder.ended():
+                log.warn(f"{self.name}: the lost backend is killed, lest it write to the guest's memory later")
             if not holder.destroy(DEATH):
                 log.warn(f"{self.name}: it does not end within {DEATH:g} s, and may write to memory later")
 

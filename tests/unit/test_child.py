@@ -89,6 +89,25 @@ def test_what_it_has_started_goes_with_it(fork: Fork) -> None:
     assert grandchild != child.pid
 
 
+@pytest.mark.parametrize("end", [lambda child: child.destroy(5), lambda child: child.forget()])
+def test_what_a_dead_one_has_left_goes_with_it(fork: Fork, end: Callable[[ChildProcess], object]) -> None:
+    """As of a script that starts the program without `exec`."""
+    reader, writer = os.pipe()
+
+    def act() -> None:
+        os.setsid()
+        if os.fork():
+            os._exit(3)
+
+    child = fork(act)
+    os.close(writer)
+    assert child.wait(5) == 3
+    end(child)
+    assert os.read(reader, 1) == b"", "the last holder of the pipe is gone"
+    os.close(reader)
+    assert child.status == 3 and gone(child.pid)
+
+
 def test_in_one_thread_while_another_one_waits(fork: Fork) -> None:
     child = fork(os.setsid)
     statuses: list[int | None] = []
