@@ -13,7 +13,9 @@ import os
 import stat
 from time import monotonic
 
+from .. import log
 from ..errors import ConfigError
+from ..files import open_file, open_output
 from ..record import Record
 from .messages import BACKEND_REQUESTS, FRONTEND_REQUESTS
 from .session import SETTLED_BY_REPLY, SETTLED_BY_REQUEST
@@ -126,20 +128,32 @@ class Recorder:
     """Writes a recording to `path`; `exchange` fits `Client.observe`.  Times count from its creation."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+        self._path = path
+        self._fd = open_output(f"--record: {path}", path, emptied=True)
         self._begin = monotonic()
-        self._file.write(json.dumps({MAGIC: VERSION}) + "\n")
+        self._write({MAGIC: VERSION})
 
     def close(self) -> None:
-        """Write what is left."""
-        self._file.close()
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """At once: a process that is killed on purpose has its recording, too."""
+        data = f"{json.dumps(values)}\n".encode()
+        try:
+            while self._fd >= 0 and data:
+                data = data[os.write(self._fd, data) :]
+        except OSError as error:
+            log.warn(f"--record: {self._path}: {error.strerror}; the recording ends here")
+            self.close()
 
     def add(self, kind: str, **fields: Any) -> None:
         """Write a line of now, without the fields that have their defaults."""
         line = Line(round(monotonic() - self._begin, 6), kind, **fields)
         values = {name: value for name, value in line._asdict().items() if value or name == "at"}
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()  # a process that is killed on purpose has its recording, too
+        self._write(values)
 
     def exchange(self, converse: Converse, name: str, payload: Payload, fds: Sequence[int]) -> Exchange:
         """Do what `converse` does, and record both messages."""
@@ -180,11 +194,8 @@ def connections(lines: Iterable[Line]) -> list[list[Line]]:
 
 def read(path: str) -> Iterator[Line]:
     """The lines of a recording; ConfigError when the file is none, or of another version."""
-    try:
-        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    with file:
+    fd = open_file(path, path, "name a recording", stat.S_ISREG, stat.S_ISFIFO)
+    with open(fd, encoding="utf-8", errors="replace") as file:
         head = _object(path, 1, file.readline())
         if MAGIC not in head:
             raise ConfigError(f"{path}: this is no recording of pyvmm's")
@@ -197,7 +208,7 @@ def read(path: str) -> Iterator[Line]:
 def _object(path: str, number: int, text: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: line {number} is no JSON object")
@@ -209,7 +220,8 @@ def _line(path: str, number: int, values: dict[str, Any]) -> Line:
         line = Line(**{name: _fixed(value) for name, value in values.items()})
         if line.kind in (REQUEST, REPLY, ACK):
             assert line.payload is not None
-    except (TypeError, ValueError, KeyError) as error:
+        line.as_text().encode()
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise ConfigError(f"{path}: line {number} is no line of a recording: {error}") from None
     return line
 

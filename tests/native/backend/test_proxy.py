@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from threading import Thread
@@ -23,7 +24,7 @@ from pyvmm.backend.server import serve
 from pyvmm.backend.shadow import ShadowMemory
 from pyvmm.errors import ConfigError
 from pyvmm.vhost_user.payloads import U64, Config
-from pyvmm.vhost_user.recording import read
+from pyvmm.vhost_user.recording import Recorder, read
 from pyvmm.vhost_user.replay import replay
 
 
@@ -301,9 +302,33 @@ def test_replay_names_the_first_difference(recording, tmp_path, make, message):
         ('{"pyvmm-recording": 1}\n{"at": 0}', "line 2"),
         ('{"pyvmm-recording": 1}\n[]', "line 2"),
         ('{"pyvmm-recording": 1}\n{"at":0,"kind":"request","channel":"frontend","message":"X"}', "line 2"),
+        ('{"pyvmm-recording": 1}\n{"at":"0","kind":"connect"}', "line 2"),
+        ('{"pyvmm-recording": 1}\n{"at":0,"kind":"bogus"}', "line 2"),
+        ('{"pyvmm-recording": 1}\n{"at":0,"kind":{}}', "line 2"),
+        ('{"pyvmm-recording": 1}\n{"at":0,"kind":"chain","readable":5}', "line 2"),
+        ('{"pyvmm-recording": 1}\n{"at":0,"kind":"fault","message":"\\ud800"}', "line 2"),
+        ('{"pyvmm-recording": 1}\n' + "[" * 100_000, "line 2"),
     ],
 )
 def test_files_that_are_no_recordings(tmp_path, text, cause):
     (tmp_path / "file").write_text(text)
     with pytest.raises(ConfigError, match=cause):
         list(read(str(tmp_path / "file")))
+
+
+def test_places_of_recordings_that_are_none(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, "/dev/zero", tmp_path / "pipe", tmp_path / "absent"):
+        with pytest.raises(ConfigError, match=re.escape(f"{path}: ")):
+            list(read(str(path)))
+    with pytest.raises(ConfigError, match="--record: .*pipe: nobody is at its other end; a writable file"):
+        Recorder(str(tmp_path / "pipe"))
+
+
+def test_a_recording_ends_where_the_disk_is_full(capfd):
+    recorder = Recorder("/dev/full")
+    recorder.add("connect")
+    recorder.close()
+    assert capfd.readouterr().err == (
+        "pyvmm: --record: /dev/full: No space left on device; the recording ends here\n"
+    )
