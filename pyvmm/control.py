@@ -117,6 +117,7 @@ def ask(path: str) -> tuple[Facts, int]:
     import json
     import socket
     from struct import pack
+    from time import monotonic
 
     with socket.socket(socket.AF_UNIX) as sock:
         limit = pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1_000_000))  # struct timeval
@@ -125,7 +126,8 @@ def ask(path: str) -> tuple[Facts, int]:
         try:
             sock.connect(path)
             data, fds, _, _ = socket.recv_fds(sock, MOST, 1)
-            while data and (more := sock.recv(MOST)):
+            end = monotonic() + PATIENCE
+            while 0 < len(data) <= MOST and monotonic() < end and (more := sock.recv(MOST)):
                 data += more
         except OSError as error:
             raise ConfigError(
@@ -135,7 +137,7 @@ def ask(path: str) -> tuple[Facts, int]:
         raise ConfigError(f"{path}: no machine answers there; name the --control socket of a running machine")
     try:
         facts: Facts = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         os.close(fds[0])
         raise ConfigError(f"{path}: this is no control socket of pyvmm") from None
     return facts, fds[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from .parse import Command, Option, parse
@@ -48,28 +49,32 @@ def main(argv: Sequence[str]) -> int:
     from ..control import ask
 
     try:
-        from ..ringview import BROKEN, STUCK
+        from ..ringview import BROKEN, STUCK, live_queues
     except ModuleNotFoundError as error:
         raise ConfigError(f"pyvmm rings needs {error.name}: pip install 'pyvmm[numpy]'") from None
 
     seconds = config.seconds("--seconds", given.text("seconds", "1"))
     machine, ram_fd = ask(given.words[0])
-    rows = look(machine, ram_fd, seconds)
+    try:
+        queues = live_queues(machine, ram_fd)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"{given.words[0]}: it tells no machine ({what}); name the --control socket of one"
+        ) from None
+    finally:
+        os.close(ram_fd)
+    rows = look(queues, seconds)
     sys.stdout.write(as_json(rows) if given.count("json") else as_table(rows, given.count("descriptors") > 0))
     return 1 if any(row["state"] in (STUCK, BROKEN) for row in rows) else 0
 
 
-def look(machine: dict[str, Any], ram_fd: int, seconds: float) -> list[dict[str, Any]]:
-    """One row for each queue, from many looks; `ram_fd` is closed."""
-    import os
+def look(queues: Sequence[LiveQueue], seconds: float) -> list[dict[str, Any]]:
+    """One row for each queue, from many looks."""
     from time import sleep
 
     from .. import ringview
 
-    try:
-        queues = ringview.live_queues(machine, ram_fd)
-    finally:
-        os.close(ram_fd)
     looks = [[queue.ring.sample()] for queue in queues]
     for pause in ringview.pauses(seconds):
         sleep(pause)

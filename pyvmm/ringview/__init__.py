@@ -58,7 +58,7 @@ class LiveQueue:
     """A queue of a machine as `pyvmm.control` describes it."""
 
     def __init__(self, view: GuestView, device: Mapping[str, Any], facts: Mapping[str, int]) -> None:
-        self.device: str = device["name"]
+        self.device = str(device["name"])
         self.index = facts["index"]
         places = facts["size"], facts["desc"], facts["avail"], facts["used"]
         features = device["features"]

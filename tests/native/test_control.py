@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import pytest
 
@@ -222,3 +224,58 @@ def test_without_numpy(monkeypatch):
     monkeypatch.setitem(sys.modules, "numpy", None)
     with pytest.raises(ConfigError, match=r"needs numpy: pip install 'pyvmm\[numpy\]'"):
         rings.main(["/run/vm.sock"])
+
+
+RAM = '{"ram": [[0, 4096, 0]], "devices": '
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("[" * 100_000, "this is no control socket of pyvmm"),
+        ("[]", "it tells no machine .TypeError: "),
+        ("{}", "it tells no machine .KeyError: 'ram'.; name the --control socket of one"),
+        ('{"ram": [[0]], "devices": []}', "it tells no machine"),
+        ('{"ram": [[0, 9999999, 0]], "devices": []}', "it tells no machine .ValueError: the RAM file has 4096"),
+        (RAM + "[{}]}", "it tells no machine"),
+    ],
+)
+def test_a_socket_that_tells_nonsense(tmp_path, monkeypatch, said, message):
+    monkeypatch.chdir(tmp_path)
+    with socket.socket(socket.AF_UNIX) as listener, open(tmp_path / "ram", "wb+") as ram, no_new_fds():
+        ram.truncate(4096)
+        listener.bind("control")
+        listener.listen()
+
+        def tell():
+            peer, _ = listener.accept()
+            with peer, contextlib.suppress(OSError):
+                socket.send_fds(peer, [said.encode()], [ram.fileno()])
+
+        teller = threading.Thread(target=tell)
+        teller.start()
+        with pytest.raises(ConfigError, match=message):
+            rings.main(["control"])
+        teller.join()
+
+
+def test_a_socket_that_tells_for_ever(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(control, "PATIENCE", 0.5)
+    with socket.socket(socket.AF_UNIX) as listener, open(tmp_path / "ram", "wb+") as ram:
+        listener.bind("control")
+        listener.listen()
+
+        def tell():
+            peer, _ = listener.accept()
+            with peer, contextlib.suppress(OSError):
+                socket.send_fds(peer, [b" "], [ram.fileno()])
+                while True:
+                    peer.send(b" ")
+                    time.sleep(0.01)
+
+        teller = threading.Thread(target=tell)
+        teller.start()
+        with pytest.raises(ConfigError, match="this is no control socket of pyvmm"):
+            control.ask("control")
+        teller.join()
