@@ -58,22 +58,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv is None:
             _settle()
-        return _dispatch(words, argv is None)
-    except HelpRequested as text:
-        return _print(str(text))
+        status = _dispatch(words, argv is None)
+        sys.stdout.flush()
+        return status
     except PyvmmError as error:
         log.warn(str(error) if isinstance(error, GuestError) else str(error).replace("\n", "\\n"))
         return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        _silence()
         return 141
     except OSError as error:
+        _silence()
         log.warn(f"the host refused: {error}{_CURES.get(error.errno or 0, '')}")
         if log.level >= log.DEBUG:
             raise
         return EXIT_VMM
+
+
+def _silence() -> None:
+    """Standard output may be what failed, and the interpreter flushes it once more at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _settle() -> None:
@@ -118,7 +127,10 @@ def _dispatch(words: list[str], alone: bool) -> int:
         command = _load(name)
         if alone:
             _take_signals()
-        return command(rest)
+        try:
+            return command(rest)
+        except HelpRequested as text:
+            return _print(str(text))
     from ..options import nearest
 
     log.warn(f"unknown command {first!r}{nearest(first, COMMANDS)} (see pyvmm --help)")
@@ -133,7 +145,6 @@ def _load(name: str) -> Callable[[Sequence[str]], int]:
 
 def _print(text: str) -> int:
     sys.stdout.write(text)
-    sys.stdout.flush()
     return 0
 
 

@@ -187,7 +187,7 @@ class ListeningProcess(BackendProcess):
     def _launch(self) -> Child:
         from .children import Child
 
-        self._unlink()
+        _empty(self._folder)
         return Child(self._path_argv(self._path), tell=self._tell)
 
     def _connect(self) -> socket | None:
@@ -204,13 +204,9 @@ class ListeningProcess(BackendProcess):
         super().close()
         self._remove()
 
-    def _unlink(self) -> None:
-        for name in os.listdir(self._folder):
-            os.unlink(os.path.join(self._folder, name))
-
     def _remove(self) -> None:
         if os.path.isdir(self._folder):
-            self._unlink()
+            _empty(self._folder)
             os.rmdir(self._folder)
 
 
@@ -294,20 +290,38 @@ def connected_listener() -> tuple[socket, socket]:
     """A listening socket and a connection that waits in its queue; the path is gone already."""
     folder = _private_directory()
     path = os.path.join(folder, "s")
-    listener, connection = socket(AF_UNIX, SOCK_STREAM), socket(AF_UNIX, SOCK_STREAM)
+    made: list[socket] = []
     try:
+        listener = _socket(made)
         listener.bind(path)
         listener.listen(1)
+        connection = _socket(made)
         connection.connect(path)
     except BaseException:
-        listener.close()
-        connection.close()
+        for sock in made:
+            sock.close()
         raise
     finally:
         if os.path.exists(path):
             os.unlink(path)
         os.rmdir(folder)
     return listener, connection
+
+
+def _socket(made: list[socket]) -> socket:
+    made.append(socket(AF_UNIX, SOCK_STREAM))
+    return made[-1]
+
+
+def _empty(folder: str) -> None:
+    """Remove what a program has put there."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _empty(entry.path)
+                os.rmdir(entry.path)
+            else:
+                os.unlink(entry.path)
 
 
 def _private_directory() -> str:
