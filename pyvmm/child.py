@@ -1,7 +1,7 @@
 """A child process by its descriptor: whether it has ended, how, and signals that reach no other.
 
-It owns the pidfd, the process group and the reaping.  How the child came to be, and how it is asked to end, is for
-the classes built on it.  Each leads a session, and so a process group, of its own.
+It owns the pidfd, the process group and the reaping.  How the child came to be, and how it is asked
+to end, is for the classes built on it.  Each leads a session, and so a process group, of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 
+from . import log
 from .lean import Lock, signal
 
 
@@ -89,8 +90,8 @@ class ChildProcess:
             return
         try:
             os.killpg(self.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # it never led a group, or what is left has become another user's
+        except (ProcessLookupError, PermissionError) as error:
+            log.debug(f"{self.pid} leads no group of ours: {error}")
         os.waitpid(self.pid, 0)
         self._reaped = True
 

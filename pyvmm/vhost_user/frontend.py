@@ -153,11 +153,10 @@ class Frontend:
             self._inflight.drop()
             self._config.forget()
             self.mappings.clear()
-            lost = self._link is None and not self._ending  # a process gets its time to end in order then
-            holder = self._holder if lost else None
+            holder = None if self._link is not None or self._ending else self._holder  # it may end in order
         if holder is not None:
             if not holder.ended():
-                log.warn(f"{self.name}: the lost backend is killed, lest it write to the guest's memory later")
+                log.warn(f"{self.name}: the lost backend is killed, lest it write to guest memory later")
             if not holder.destroy(DEATH):
                 log.warn(f"{self.name}: it does not end within {DEATH:g} s, and may write to memory later")
 

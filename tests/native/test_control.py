@@ -236,7 +236,10 @@ RAM = '{"ram": [[0, 4096, 0]], "devices": '
         ("[]", "it tells no machine .TypeError: "),
         ("{}", "it tells no machine .KeyError: 'ram'.; name the --control socket of one"),
         ('{"ram": [[0]], "devices": []}', "it tells no machine"),
-        ('{"ram": [[0, 9999999, 0]], "devices": []}', "it tells no machine .ValueError: the RAM file has 4096"),
+        (
+            '{"ram": [[0, 9999999, 0]], "devices": []}',
+            "it tells no machine .ValueError: the RAM file has 4096",
+        ),
         (RAM + "[{}]}", "it tells no machine"),
     ],
 )
