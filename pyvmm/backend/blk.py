@@ -193,11 +193,16 @@ def open_image(path: str, read_only: bool) -> int:
 
 
 if __name__ == "__main__":
-    from .program import main
+    from .inflight import MAX_QUEUES
+    from .program import count, main
 
     main(
         "blk",
-        lambda options: Blk(options.blk_file, read_only=options.read_only, queues=int(options.num_queues)),
+        lambda options: Blk(
+            options.blk_file,
+            read_only=options.read_only,
+            queues=count("--num-queues", options.num_queues, MAX_QUEUES),
+        ),
         [
             ("--blk-file", None, "the raw image, or a block device"),
             ("--read-only", False, "refuse writes"),

@@ -42,6 +42,7 @@ class TerminalConsole(Console):
 
     def __init__(self, texts: list[str]) -> None:
         self._streams: list[Stream] = []
+        self._fds: set[int] = set()
         try:
             super().__init__([self._port(options.parse(OPTION, text, KEYS)) for text in texts])
         except BaseException:
@@ -66,7 +67,7 @@ class TerminalConsole(Console):
         """Open what one `--port` names.  The device closes its own copies of the descriptors."""
         fd = values["fd"]
         if fd >= 0:
-            _check(fd)
+            self._check(fd)
             return PortConfig(values["name"], values["console"], fd, fd)
         stream = open_stream(OPTION, values["to"])
         self._streams.append(stream)
@@ -78,6 +79,15 @@ class TerminalConsole(Console):
         ends = (fd if fd < 0 else os.dup(fd) for fd in (stream.input_fd, stream.output_fd))
         return PortConfig(values["name"], values["console"], *ends)
 
+    def _check(self, fd: int) -> None:
+        try:
+            os.fstat(fd)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"{OPTION}: fd={fd}: {getattr(error, 'strerror', error)}") from None
+        if fd in self._fds:
+            raise ConfigError(f"{OPTION}: fd={fd}: two ports cannot have the same one")
+        self._fds.add(fd)
+
     def _follow_size(self) -> None:
         columns, rows = os.get_terminal_size(0)
         for number in self._on_terminal:
@@ -86,13 +96,6 @@ class TerminalConsole(Console):
     def _close_streams(self) -> None:
         while self._streams:
             self._streams.pop().close()
-
-
-def _check(fd: int) -> None:
-    try:
-        os.fstat(fd)
-    except OSError as error:
-        raise ConfigError(f"{OPTION}: fd={fd}: {error.strerror}") from None
 
 
 def make(arguments: argparse.Namespace) -> Console:

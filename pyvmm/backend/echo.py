@@ -82,10 +82,13 @@ class _Worker:
 
 
 if __name__ == "__main__":
-    from .program import main
+    from .inflight import MAX_QUEUES, MAX_SIZE
+    from .program import count, main
 
     main(
         "echo",
-        lambda options: Echo(int(options.queues), int(options.size)),
+        lambda options: Echo(
+            count("--queues", options.queues, MAX_QUEUES), count("--size", options.size, MAX_SIZE)
+        ),
         [("--queues", "1", "how many virtqueues"), ("--size", "256", "entries of each virtqueue")],
     )

@@ -6,8 +6,10 @@ It owns the source's descriptor.  It must not know who runs it.
 from __future__ import annotations
 
 import os
+import stat
 
 from .. import log
+from ..files import open_file
 from .device import Device
 
 TYPE_CHECKING = False
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from .queue import Queue
 
 SOURCE = "/dev/urandom"
+CURE = "name a readable file or device"
+KINDS = (stat.S_ISREG, stat.S_ISCHR, stat.S_ISBLK)
 PORTION = 64 << 10  # at most so much for one request: a guest must not keep us busy for long
 
 
@@ -28,7 +32,7 @@ class Rng(Device):
     def __init__(self, source: str = SOURCE) -> None:
         super().__init__()
         self._source = source
-        self._fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = open_file(source, source, CURE, *KINDS)
 
     def close(self) -> None:
         os.close(self._fd)
@@ -42,9 +46,12 @@ class Rng(Device):
         """Write at least one byte, as the specification demands; false when there is none."""
         if not chain.writable:
             return True
-        count = os.readv(self._fd, [chain.writable_views()[0][:PORTION]])
+        try:
+            count, why = os.readv(self._fd, [chain.writable_views()[0][:PORTION]]), ""
+        except OSError as error:
+            count, why = 0, f": {error.strerror}"
         if not count:
-            log.once(self._source, f"rng: {self._source} has no more bytes to give")
+            log.once(self._source, f"rng: {self._source} has no more bytes to give{why}")
             return False
         chain.wrote(count)
         return True

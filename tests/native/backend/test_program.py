@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -115,6 +116,49 @@ def test_help_names_the_program_as_it_was_started(tmp_path, words, name):
         command, cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False
     )
     assert done.stdout.startswith(f"usage: {name} [-h]")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("rng --fd 0", "--fd 0: Socket operation on non-socket; pass a Unix stream socket"),
+        ("rng --fd 99999999999", "--fd 99999999999: "),
+        ("rng --socket-path .", "--socket-path .: Address already in use; give a path where nothing is yet"),
+        ("rng --socket-path s --source .", ".: is a directory; name a readable file or device"),
+        ("rng --socket-path s --source pipe", "pipe: is a pipe; name a readable file or device"),
+        ("rng --socket-path=", "argument --socket-path: an empty value"),
+        ("rng --socket-path s --faults=", "argument --faults: an empty value"),
+        ("blk --socket-path s --blk-file own --num-queues=-1", "--num-queues -1: a number from 1 to 256 is"),
+        ("blk --socket-path s --blk-file own --num-queues 65536", "--num-queues 65536: a number from 1 to"),
+        ("echo --socket-path s --queues 4294967296", "--queues 4294967296: a number from 1 to 256 is needed"),
+        ("echo --socket-path s --size x", "--size x: a number from 1 to 32768 is needed"),
+        ("console --socket-path s --port fd=0 --port fd=0", "--port: fd=0: two ports cannot have the same"),
+        ("console --socket-path s --port fd=99999999999", "--port: fd=99999999999: "),
+        ("console --socket-path s --port to=socket=s", "--port: cannot listen at s: Address already in use"),
+        ("proxy --socket-path s --to x --record pipe", "--record: pipe: nobody is at its other end; a writ"),
+    ],
+)
+def test_options_that_cannot_be(tmp_path, line, message):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "own").write_bytes(bytes(512))
+    before = set(os.listdir(tmp_path))
+    name, *words = line.split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"pyvmm.backend.{name}", *words], stdin=subprocess.DEVNULL,
+        cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False, timeout=20,
+    )  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and set(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_capabilities_that_nobody_takes(buffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyvmm.backend.rng", "--print-capabilities"], stdout=full,
+            stderr=subprocess.PIPE, env={**environment(), "PYTHONUNBUFFERED": buffered}, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
 
 
 def test_socket_that_cannot_be(tmp_path):
