@@ -79,7 +79,6 @@ class Prepared:
 
         where = endpoint(self._where)
         where.before_waiting = self.before_waiting or where.before_waiting
-        where.watch(loop)
         return Frontend(
             where,
             self.kind,

@@ -27,7 +27,7 @@ class Child(ChildProcess):
 
     Only the descriptors in `keep` stay open in it, under their own numbers.  Its standard
     input is empty; what it prints is kept for `last_words`, or each line is passed to `tell` once
-    `output` is watched.  It has a session of its own, so Ctrl-C does not reach it.  `prepare` is
+    `output` listens.  It has a session of its own, so Ctrl-C does not reach it.  `prepare` is
     called in the child before it turns into the program; an OSError of it counts as a failure to
     start.  Raises ConfigError when the program cannot be started.
     """

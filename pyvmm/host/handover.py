@@ -86,7 +86,6 @@ class BackendProcess:
     def _begin(self, name: str, spoken: bool) -> None:
         self.name = name
         self._tell = self._say if spoken else None
-        self._loop: EventLoop | None = None
         self._waiting: socket | None = None
         self._served = False
         self._leaving = Leaving()
@@ -129,19 +128,13 @@ class BackendProcess:
             self.child.close()
             self.child = self._launch()
             self._served, self._leaving = False, Leaving()
-            self.watch(self._loop)
+            self.child.output.listen()
         sock = self._connect()
         if sock is None and self.child.ended():
             self._served = True  # it has had its turn
             raise ConfigError(f"{self.name} did not listen{self.explain()}")
         self._served = sock is not None
         return sock
-
-    def watch(self, loop: EventLoop | None) -> None:
-        """Pass on, in the thread of `loop`, what this process and those after it print."""
-        self._loop = loop
-        if loop is not None:
-            self.child.output.watch(loop)
 
     def _say(self, line: str) -> None:
         log.warn(f"{self.name}: {line}")
@@ -220,6 +213,7 @@ class StartedEndpoint(Endpoint):
         self.process = process
 
     def connect(self, timeout: float) -> socket:
+        self.process.child.output.listen()
         end, pause = monotonic() + timeout, 0.002
         while (sock := self.process.connection()) is None:
             if monotonic() > end:
@@ -235,9 +229,6 @@ class StartedEndpoint(Endpoint):
 
     def holder(self) -> ChildProcess | None:
         return self.process.child
-
-    def watch(self, loop: EventLoop) -> None:
-        self.process.watch(loop)
 
     def explain(self) -> str:
         return self.process.explain()

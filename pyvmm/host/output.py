@@ -6,15 +6,17 @@ It owns the descriptors for that.  It must not know which program prints.
 from __future__ import annotations
 
 import os
+import select
+
+from ..lean import Thread
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ..loop import EventLoop
-
 _TAIL = 4096
 _LINE = 1000  # bytes of a line that are passed on
+_MOMENT = 0.2  # seconds
 _AT_ONCE = 65536  # bytes read in one go: as much as a pipe holds
 
 
@@ -27,8 +29,8 @@ class Kept:
     def started(self) -> None:
         """The program has its own copy of `fd`."""
 
-    def watch(self, loop: EventLoop) -> None:
-        """Nobody listens."""
+    def listen(self) -> None:
+        """Nobody is told."""
 
     def last(self) -> str:
         """The last line, or nothing."""
@@ -42,13 +44,16 @@ class Kept:
 
 
 class Passed:
-    """Calls `tell` with each line, in the thread of the loop that watches; `fd` is for the program."""
+    """Calls `tell` with each line, in a thread of its own: a program that prints waits for nobody.
+
+    `fd` is for the program.
+    """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._reader, self.fd = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._reader, False)
-        self._loop: EventLoop | None = None
+        self._stop, self._stopper = os.pipe2(os.O_CLOEXEC)
+        self._thread: Thread | None = None
         self._rest = b""
         self._last = ""
 
@@ -57,47 +62,55 @@ class Passed:
         os.close(self.fd)
         self.fd = -1
 
-    def watch(self, loop: EventLoop) -> None:
-        """Pass lines on as they come."""
-        self._loop = loop
-        loop.add_reader(self._reader, self._read)
+    def listen(self) -> None:
+        """Pass lines on as they come; not before the last of our own backends is forked."""
+        if self._thread is None:
+            self._thread = Thread(self._read)
 
     def last(self) -> str:
-        """The last line, or nothing."""
-        self._read()
+        """The last line, or nothing; what was printed just now gets a moment to arrive."""
+        self.listen()
+        assert self._thread is not None
+        self._thread.join(_MOMENT)
         return self._last
 
     def close(self) -> None:
-        """Pass on what is left, and close the pipe."""
-        if self._reader < 0:
+        """Pass on what is left, and close the pipe; the thread does, lest it read from another file."""
+        if self._stopper < 0:
             return
-        self._read()
-        self._line(self._rest)
-        self._unwatch()
-        for fd in (self._reader, self.fd):
-            if fd >= 0:
-                os.close(fd)
-        self._reader = self.fd = -1
+        self.listen()
+        assert self._thread is not None
+        os.close(self._stopper)
+        self._stopper = -1
+        self._thread.join(_MOMENT)  # it may be held up by whoever does not read what we say
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def _read(self) -> None:
-        try:
-            data = os.read(self._reader, _AT_ONCE)
-        except BlockingIOError:
-            return
-        if not data:
-            self._unwatch()
+        poll = select.poll()
+        for fd in (self._reader, self._stop):
+            poll.register(fd, select.POLLIN)
+        ready: set[int] = set()
+        while self._stop not in ready:
+            ready = {fd for fd, _ in poll.poll()}
+            if self._reader in ready and not self._take():
+                break
+        self._line(self._rest)
+        for fd in (self._reader, self._stop):
+            os.close(fd)
+
+    def _take(self) -> bool:
+        """Pass on what is there; false at the end."""
+        data = os.read(self._reader, _AT_ONCE)
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[:_LINE]
         for line in lines:
             self._line(line)
+        return bool(data)
 
     def _line(self, line: bytes) -> None:
         text = line[:_LINE].decode("utf-8", "replace").strip()
         if text:
             self._last = text
             self._tell(text)
-
-    def _unwatch(self) -> None:
-        if self._loop is not None:
-            self._loop.remove_reader(self._reader)
-            self._loop = None

@@ -61,9 +61,6 @@ class Endpoint:
         """The process at the other end of the latest connection, if it is ours to end."""
         return None
 
-    def watch(self, loop: EventLoop) -> None:
-        """Whatever a backend of ours prints is passed on in the thread of `loop`."""
-
     def explain(self) -> str:
         """What is known about why the backend went away, or nothing; may wait a moment for its end."""
         return ""

@@ -120,21 +120,6 @@ def test_closed_standard_streams_become_nothing(folder):
     assert not any((folder / "disk").read_bytes())
 
 
-@pytest.mark.parametrize("words", ["--help", "--version", "run --help", "devices", "devices fs"])
-@pytest.mark.parametrize("buffered", ["", "1"])
-def test_output_that_nobody_takes(folder, words, buffered):
-    env = {"PYTHONUNBUFFERED": buffered}
-    full = ("sh", "-c", 'exec "$@" >/dev/full', "-")
-    assert program.run(folder, *words.split(), under=full, env=env) == (
-        70, "", "pyvmm: the host refused: [Errno 28] No space left on device\n"
-    )  # fmt: skip
-    reader, writer = os.pipe()
-    os.close(reader)
-    with Program(folder, *words.split(), stdout=writer, env=env) as run:
-        os.close(writer)
-        assert (run.finish(), run.stderr) == (141, b"")
-
-
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [("fault", r"triple fault"), ("nowhere", r"KVM_EXIT_INTERNAL_ERROR, suberror 1")],
@@ -354,24 +339,6 @@ def test_the_machine_survives_its_backends(folder, running):
             assert run.finish() in (2, 143)
         assert b"Traceback" not in run.stderr
         run.check_gone()
-
-
-@pytest.mark.parametrize("files", range(6, 32, 2))
-def test_too_few_open_files(folder, files):
-    """Wherever they run out: one line, and no directory of a backend's socket stays."""
-    limit = ("sh", "-c", f'ulimit -n {files}; exec "$@"', "-")
-    status, stdout, stderr = program.run(folder, "--kernel", "off", *DEVICES, *DISK, under=limit)
-    assert (status, stdout) in ((0, ""), (2, ""), (70, ""))
-    assert stderr.count("\n") == (1 if status else 0) and "Traceback" not in stderr
-
-
-@pytest.mark.parametrize("made", ["mkdir $1", "mkdir $1.d $1.d/x; touch $1.d/y", "ln -s / $1"])
-def test_whatever_a_command_makes_beside_its_socket_goes(folder, made):
-    (folder / "make").write_text(f"#!/bin/sh\n{made}\nexit 3\n")
-    (folder / "make").chmod(0o755)
-    device = "device_type=rng,exec=./make {socket}"
-    status, _, stderr = program.run(folder, "--kernel", "off", "--generic-vhost-user", device)
-    assert status == 2 and stderr == "pyvmm: make did not listen (it ended with status 3)\n"
 
 
 # -- the terminal --------------------------------------------------------------------------
