@@ -149,7 +149,9 @@ def _action(default: object) -> dict[str, Any]:
     """What an option does, by its default."""
     if isinstance(default, list):
         return {"action": "append", "type": _some}
-    return {"action": "store_true"} if default is False else {"type": _some}
+    if default is False:
+        return {"action": "store_true"}
+    return {} if default == "" else {"type": _some}
 
 
 def _some(text: str) -> str:

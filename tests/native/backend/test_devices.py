@@ -212,7 +212,7 @@ def test_device_that_cannot_be_made_ends_its_process(capfd):
     process = spawn(make_rng("/nonexistent"), name="rng")
     assert process.wait(5) == 70
     process.close()
-    assert "rng backend failed: FileNotFoundError" in capfd.readouterr().err
+    assert "rng backend failed: ConfigError: /nonexistent: No such file" in capfd.readouterr().err
 
 
 # -- programs ----------------------------------------------------------------------------
