@@ -36,7 +36,7 @@ def main(
     *,
     features: Sequence[str] = (),
 ) -> NoReturn:
-    """Parse `argv`, serve `make(arguments)` until SIGTERM or Ctrl-C, and exit.
+    """Parse `argv`, serve `make(arguments)` until SIGTERM, SIGHUP or Ctrl-C, and exit.
 
     What the user can mend is one line and status 2: ConfigError at any time, and OSError and ValueError of
     `make` and of the socket, with a traceback only for `-vv`.  What a method of the device's raises beyond
@@ -52,8 +52,9 @@ def main(
             parser.error(f"{name} must be given")
     log.level = min(arguments.verbose, log.DEBUG)
     loop = DeviceLoop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: loop.stop())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: loop.stop())
     try:
         sock, remove = _socket(arguments)
     except ConfigError as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, closing
 
 import pytest
@@ -159,6 +161,19 @@ def test_capabilities_that_nobody_takes(buffered):
             stderr=subprocess.PIPE, env={**environment(), "PYTHONUNBUFFERED": buffered}, check=False,
         )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_socket(tmp_path, number):
+    command = [sys.executable, "-m", "pyvmm.backend.console", "--socket-path", "s", "--port", "to=socket=c"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment()) as process:
+        due = time.monotonic() + 20
+        while len(os.listdir(tmp_path)) < 2:
+            assert process.poll() is None and time.monotonic() < due
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert process.wait(20) == 0
+    assert not os.listdir(tmp_path)
 
 
 def test_socket_that_cannot_be(tmp_path):
