@@ -91,6 +91,7 @@ class Program:
         reap_orphans(True)
         self.folder = folder
         self.before = children()
+        self.begin = time.time() - 1  # files' times are those of a coarser clock
         self.files = self._listing()
         env = {**environment(), "XDG_CACHE_HOME": str(folder / "cache"), **options.pop("env", {})}  # type: ignore[dict-item]
         streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -161,13 +162,14 @@ class Program:
         assert self._listing() == self.files
 
     def _listing(self) -> set[str]:
-        """Every file in the folder but caches, and what this process id made in /tmp."""
+        """Every file in the folder but caches, and what this process made in /tmp."""
         found = {str(path) for path in self.folder.rglob("*") if "cache" not in path.parts}
         found |= {str(path) for path in (self.folder / "cache").rglob("*.part")}
         found |= {str(path) for path in (self.folder / "cache").rglob(".unpacking*")}
         process = getattr(self, "process", None)
         if process is not None:
-            found |= {str(path) for path in Path("/tmp").glob(f"pyvmm-{process.pid}-*")}
+            named = Path("/tmp").glob(f"pyvmm-{process.pid}-*")  # a killed one may have had that number
+            found |= {str(path) for path in named if path.stat().st_mtime > self.begin}
         return found
 
 
