@@ -223,6 +223,7 @@ def test_a_triple_fault_is_reported(machine: Machine, own: Kernel, scratch: Path
         f"path={image}",
         "--cmdline",
         "console=hvc0 panic=-1 root=/dev/vda1 ro quiet reboot=t",
+        faults=True,
     )
     assert done.status == 126, repr(done)
     assert b"triple fault" in done.stderr, repr(done)

@@ -1,4 +1,4 @@
-"""The machine that guest tests run in: another one after a panic of the emulated kernel, not for ever."""
+"""The machine that guest tests run in: what it loses by itself is tried again, not for ever."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from guest.machines import PANICS_BORNE, LabMachine
+from guest.machines import LabMachine
 
 from pyvmm.host import accel
 
@@ -25,26 +25,38 @@ def lab(tmp_path: Path) -> Iterator[LabMachine]:
         lab.close()
 
 
+def once(done: Path, *, then: str) -> tuple[str, str, str]:
+    """A command that does `then` the first time, and says so the second time."""
+    return "sh", "-c", f"test -e {done} || {{ : >{done}; {then}; }}; echo again"
+
+
 def test_a_panic_of_the_lab_costs_a_machine(lab: LabMachine, tmp_path: Path) -> None:
-    once = f"test -e {tmp_path}/done || {{ : >{tmp_path}/done; echo c >/proc/sysrq-trigger; sleep 60; }}"
-    for _ in range(PANICS_BORNE):
-        (tmp_path / "done").unlink(missing_ok=True)
-        lab.run("sh", "-c", f"{once}; echo again").ok()
+    lab.losses_borne = 1
+    panic = "echo c >/proc/sysrq-trigger; sleep 60"
+    assert lab.run(*once(tmp_path / "done", then=panic)).ok().stdout == b"again\n"
     with pytest.raises((EOFError, BrokenPipeError)):
-        lab.run("sh", "-c", "echo c >/proc/sysrq-trigger; sleep 60")
+        lab.run("sh", "-c", panic)
     assert lab.run("echo", "another").ok().stdout == b"another\n"
 
 
 def test_a_command_that_runs_out_of_time_has_another_try_and_no_third(
     lab: LabMachine, tmp_path: Path
 ) -> None:
-    hang = f"test -e {tmp_path}/done || {{ : >{tmp_path}/done; sleep 60; }}; echo again"
-    assert lab.run("sh", "-c", hang, timeout=3).ok().stdout == b"again\n"
+    lab.losses_borne = 1
+    assert lab.run(*once(tmp_path / "done", then="sleep 60"), timeout=3).ok().stdout == b"again\n"
     assert lab.run("sleep", "60", timeout=3).status is None
 
 
 def test_a_command_without_an_answer_costs_a_machine(lab: LabMachine) -> None:
-    lab.grace = 5.0
+    lab.grace, lab.losses_borne = 5.0, 1
     with pytest.raises(TimeoutError):
         lab.run("sh", "-c", "kill -STOP $PPID; sleep 60", timeout=10)  # the agent itself
     assert lab.run("echo", "another").ok().stdout == b"another\n"
+
+
+def test_a_triple_fault_that_is_not_meant_has_another_try(lab: LabMachine, tmp_path: Path) -> None:
+    lab.losses_borne = 1
+    fault = "echo 'virtual CPU 0: triple fault (KVM_EXIT_SHUTDOWN)' >&2; exit 126"
+    assert lab.run(*once(tmp_path / "meant", then=fault), faults=True).status == 126
+    assert lab.run(*once(tmp_path / "done", then=fault)).ok().stdout == b"again\n"
+    assert lab.run("sh", "-c", fault).status == 126

@@ -64,7 +64,7 @@ def test_a_guest_that_crashes_later_is_reported(machine: Machine, own: Kernel, s
     image = disk_image(scratch, f"{triple}; touch /been; sync; reboot -f")
     done = machine.pyvmm(
         "-v", "--kernel", own.path, "--disk", f"path={image}",
-        "--cmdline", "console=hvc0 root=/dev/vda1 rw quiet",
+        "--cmdline", "console=hvc0 root=/dev/vda1 rw quiet", faults=True,
     )  # fmt: skip
     assert done.status == 126, repr(done)
     assert done.stderr.count(b"restarts (") == 1 and b"triple fault" in done.stderr, repr(done)

@@ -146,7 +146,7 @@ def test_options_that_cannot_be(tmp_path, line, message):
     before = set(os.listdir(tmp_path))
     name, *words = line.split()
     done = subprocess.run(
-        [sys.executable, "-m", f"pyvmm.backend.{name}", *words], stdin=subprocess.DEVNULL,
+        [sys.executable, "-P", "-m", f"pyvmm.backend.{name}", *words], stdin=subprocess.DEVNULL,
         cwd=tmp_path, capture_output=True, text=True, env=environment(), check=False, timeout=20,
     )  # fmt: skip
     assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
@@ -157,7 +157,7 @@ def test_options_that_cannot_be(tmp_path, line, message):
 def test_capabilities_that_nobody_takes(buffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "pyvmm.backend.rng", "--print-capabilities"], stdout=full,
+            [sys.executable, "-P", "-m", "pyvmm.backend.rng", "--print-capabilities"], stdout=full,
             stderr=subprocess.PIPE, env={**environment(), "PYTHONUNBUFFERED": buffered}, check=False,
         )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and b"No space left" in done.stderr
@@ -165,7 +165,16 @@ def test_capabilities_that_nobody_takes(buffered):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_no_socket(tmp_path, number):
-    command = [sys.executable, "-m", "pyvmm.backend.console", "--socket-path", "s", "--port", "to=socket=c"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pyvmm.backend.console",
+        "--socket-path",
+        "s",
+        "--port",
+        "to=socket=c",
+    ]
     with subprocess.Popen(command, cwd=tmp_path, env=environment()) as process:
         due = time.monotonic() + 20
         while len(os.listdir(tmp_path)) < 2:

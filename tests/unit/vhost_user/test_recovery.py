@@ -689,7 +689,7 @@ def test_a_process_that_does_not_stop_is_killed(
     frontend.activate(FEATURES, rig.queues())
     frontend.reset()
     assert process.killed
-    assert "dev: the lost backend is killed, lest it write to the guest's memory" in capfd.readouterr().err
+    assert "dev: the lost backend is killed, lest it write to guest memory" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("policy", [FAIL, RECONNECT])
