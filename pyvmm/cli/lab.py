@@ -19,7 +19,7 @@ COMMAND = Command(
     (
         Option("--share", "DIR", "directory that stays writable through to the host", True),
         Option("--memory", "SIZE", "the machine's RAM (default 4G)"),
-        Option("--cpus", "N", "the machine's CPUs, 1 to 8 (default 2)"),
+        Option("--cpus", "N", "the machine's CPUs, 1 to 8 (default 1)"),
         Option("--timeout", "SECONDS", "end the machine after this time"),
         Option("--verbose", "", "show the machine's console", short="-v"),
     ),
@@ -37,11 +37,16 @@ def main(argv: Sequence[str]) -> int:
     """Run the lab; returns the command's exit status."""
     given = parse(COMMAND, argv)
     log.level += given.count("verbose")
-    from ..host.lab import MOST_CPUS, run_in_lab
+    from ..host import emulator
+    from ..host.lab import CPUS, MOST_CPUS, run_in_lab
 
-    cpus = given.text("cpus", "2")
+    cpus = given.text("cpus", str(CPUS))
     if cpus not in [str(count) for count in range(1, MOST_CPUS + 1)]:
         raise ConfigError(f"--cpus: {cpus!r}: 1 to {MOST_CPUS} CPUs are possible")
+    if int(cpus) > 1 and emulator.own_program() is None:
+        log.warn(
+            f"lab: with {cpus} CPUs it may stand still in this QEMU; {emulator.BUILDER} builds a better one"
+        )
     timeout = given.text("timeout")
     return run_in_lab(
         given.trailing or [os.environ.get("SHELL") or "/bin/sh"],

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 LAST_WORDS_SECONDS = 1.0
 MIB = 1 << 20
-MEMORY, CPUS = 4096 * MIB, 2
+MEMORY, CPUS = 4096 * MIB, 1
 MOST_CPUS = 8
 OWN_MEMORY = 1024 * MIB  # besides that of a guest inside
 START_SECONDS = 180.0  # within which the machine, and a guest's VMM in it, have surely started
@@ -239,9 +239,10 @@ class Lab:
 def room_for(memory: int, cpus: int, timeout: float) -> dict[str, Any]:
     """What `run_in_lab` must be told for a command that runs a guest of `memory` bytes and `cpus` CPUs.
 
-    The command itself ends the guest after `timeout` seconds (0: never); this is for a lab that hangs.
+    The command itself ends the guest after `timeout` seconds (0: never); this is for a lab that hangs.  With
+    several CPUs it does so in any QEMU but the lab's own (guest-images/lab-qemu/tcg.patch).
     """
-    useful = min(cpus, MOST_CPUS, os.cpu_count() or 1)
+    useful = min(cpus, MOST_CPUS, os.cpu_count() or 1) if emulator.own_program() else CPUS
     return {
         "memory": max(MEMORY, memory + OWN_MEMORY),
         "cpus": max(CPUS, useful),

@@ -18,10 +18,12 @@ from typing import Any
 from guest import agent
 
 START_TIMEOUT = 240
-# QEMU's emulation of SVM now and then damages the emulated machine's own kernel, stands still, or loses a
-# guest.  What runs in there cannot do that, so it is tried again; more would be somebody's.
+# Debian's QEMU now and then damages the emulated machine's own kernel, stands still, or loses a guest
+# (guest-images/lab-qemu/tcg.patch).  What runs in there cannot do that, so it is tried again; more would be
+# somebody's.
 LOSSES_BORNE = 5
 LOST_GUEST = (b"triple fault (KVM_EXIT_SHUTDOWN)", b"Fatal exception")
+SHOWN = 3000  # of what a lost command said
 PANICKED = "its kernel panicked"
 
 
@@ -147,9 +149,9 @@ class LabMachine(Machine):
             if answer is not None and (not loss or self._losses == self.losses_borne):
                 return answer
             self._losses += 1
-            words = " ".join(request["argv"])[:200]
-            print(f"\nThe emulated machine: {loss}; once more: {words}", file=sys.__stderr__)
-            if answer is None or answer["status"] is None:
+            seen = repr(Result(request["argv"], answer)) if answer is not None else " ".join(request["argv"])
+            print(f"\nThe emulated machine: {loss}; once more: {seen[-SHOWN:]}", file=sys.__stderr__)
+            if answer is None or (answer["status"] is None and not answer["hung"]):
                 self._process.terminate()
                 self._renew()
 
@@ -167,7 +169,7 @@ class LabMachine(Machine):
                 raise
             return None, PANICKED
         if answer["status"] is None:
-            return answer, "out of time"
+            return answer, "a guest hung" if answer["hung"] else "out of time"
         said = base64.b64decode(answer["stdout"]) + base64.b64decode(answer["stderr"])
         lost = any(words in said for words in LOST_GUEST) and not request["faults"]
         return answer, "a guest was lost" if lost else ""

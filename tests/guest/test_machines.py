@@ -47,6 +47,21 @@ def test_a_command_that_runs_out_of_time_has_another_try_and_no_third(
     assert lab.run("sleep", "60", timeout=3).status is None
 
 
+def test_a_guest_that_hangs_costs_a_moment(lab: LabMachine, tmp_path: Path) -> None:
+    """The first command looks like one: KVM's counter of page faults is high as long as it runs."""
+    lab.losses_borne = 1
+    counter = "/sys/kernel/debug/kvm/pf_guest"
+    high = f"echo 200000 >/run/high; mount --bind /run/high {counter}; sleep 60"
+    again = f"umount {counter}; echo again"
+    words = ("sh", "-c", f"test -e {tmp_path}/done || {{ : >{tmp_path}/done; {high}; }}; {again}")
+    assert lab.run(*words, timeout=50).ok().stdout == b"again\n"
+
+
+def test_what_a_command_leaves_is_ended(lab: LabMachine) -> None:
+    lab.run("sh", "-c", "sleep 1234 >/dev/null 2>&1 &").ok()
+    assert lab.run("pgrep", "-f", "sleep 1234").status == 1
+
+
 def test_a_command_without_an_answer_costs_a_machine(lab: LabMachine) -> None:
     lab.grace, lab.losses_borne = 5.0, 1
     with pytest.raises(TimeoutError):

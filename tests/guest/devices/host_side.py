@@ -22,7 +22,6 @@ from guest.devices import rows
 from guest.devices.ends import NO_STEPS, STEPS
 from guest.devices.place import LIMIT, Place, find_program, why_not
 from guest.devices.rows import Row
-from guest.emulated import page_faults_by_kvm
 
 SHARE = "/mnt/results"
 CPUS = {"queues": 4}  # a disk has no more queues in use than CPUs; the lab is slow with more than one
@@ -71,11 +70,9 @@ class Boot:
                 self._start_backend(place)
             machine = self._start_machine()
             threads = [self._talk(place, machine) for place in self.places]
-            faults = 0
             try:
                 status: int | str = machine.wait(LIMIT)
             except subprocess.TimeoutExpired:
-                faults = page_faults_by_kvm()
                 machine.terminate()
                 status = f"ended after {LIMIT} s; {machine.wait(30)}"
             for thread in threads:
@@ -83,7 +80,6 @@ class Boot:
         finally:
             self._end()
         self.outcome["machine"] = {"status": status, "log": self._log()}
-        self.outcome["page_faults"] = faults
         for place in self.places:
             self.outcome[place.row.name] = self._inspect(place)
 

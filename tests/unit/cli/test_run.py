@@ -14,7 +14,7 @@ from pyvmm.cli import run
 from pyvmm.cli.parse import parse
 from pyvmm.errors import ConfigError
 from pyvmm.guest import initramfs
-from pyvmm.host import accel, lab
+from pyvmm.host import accel, emulator, lab
 
 GIB = 1 << 30
 EMULATED = "the KVM of /dev/kvm emulates ring 0, so Linux cannot run on it"
@@ -100,10 +100,13 @@ def test_the_lab_is_not_used_in_the_lab(ways: Ways, monkeypatch: pytest.MonkeyPa
         start("--accel", "lab", "--", "true")
 
 
-def test_the_lab_holds_the_guest(ways: Ways) -> None:
+@pytest.mark.parametrize("qemu", [None, "/cache/qemu"])
+def test_the_lab_holds_the_guest(ways: Ways, monkeypatch: pytest.MonkeyPatch, qemu: str | None) -> None:
+    """And it has more than one CPU only in a QEMU that bears it."""
+    monkeypatch.setattr(emulator, "own_program", lambda: qemu)
     start("--memory", "8G", "--cpus", "32", "--", "true")
     assert ways.room["memory"] == 9 * GIB
-    assert ways.room["cpus"] == max(lab.CPUS, min(lab.MOST_CPUS, os.cpu_count() or 1))
+    assert ways.room["cpus"] == (min(lab.MOST_CPUS, os.cpu_count() or 1) if qemu else 1)
     assert ways.room["timeout"] == 0
     start("--", "true")
     assert (ways.room["memory"], ways.room["cpus"]) == (4 * GIB, lab.CPUS)
