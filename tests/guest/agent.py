@@ -83,9 +83,9 @@ def _signal_when(process: subprocess.Popen[bytes], path: str, number: int) -> No
 def a_guest_hangs() -> bool:
     """Whether KVM itself gave the guests that run now page faults without end.
 
-    What TCG does wrong (guest-images/lab-qemu/tcg.patch) can leave a guest between two states, and then it hangs
-    with a million page faults a minute that KVM gives it, of which there are none otherwise.  No VMM can do
-    that to a guest.
+    What TCG does wrong (guest-images/lab-qemu/tcg.patch) can leave a guest between two states, and then it
+    hangs with a million page faults a minute that KVM gives it, of which there are none otherwise.  No VMM
+    can do that to a guest.
     """
     return PAGE_FAULTS.exists() and int(PAGE_FAULTS.read_text()) > HUNG
 
