@@ -52,9 +52,10 @@ class ChildProcess:
         Its memory is given back then.  What left the group is not ours to find.
         """
         with self._lock:
-            fd = os.dup(self.pidfd) if self._look() else -1  # the owner may close it meanwhile
-            if fd >= 0:
+            fd = -1
+            if self._look():
                 self._signal(signal.SIGKILL)
+                fd = os.dup(self.pidfd)  # the owner may close it meanwhile
         if fd >= 0:
             _readable(fd, seconds)
             os.close(fd)
@@ -84,6 +85,8 @@ class ChildProcess:
             os.killpg(self.pid, number)
         except ProcessLookupError:  # just forked: it does not lead a group yet
             signal.pidfd_send_signal(self.pidfd, number)
+        except PermissionError as error:  # it has become another user
+            log.debug(f"{self.pid} gets no signal {number} from us: {error}")
 
     def _reap(self) -> None:
         if self.status is None or self._reaped:

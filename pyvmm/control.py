@@ -48,27 +48,32 @@ class ControlSocket:
 
     def _connected(self) -> None:
         """Who has gone again, or does not listen, is not told; nor is anybody while descriptors are short."""
+        listener = self._stream.listener
         try:
-            self._tell()
+            peer, _ = listener.accept()
         except OSError:
+            self._loop.pause(listener.fileno(), self._stream.PATIENCE)
             return
+        with peer:
+            try:
+                self._tell(peer)
+            except OSError:
+                return
 
-    def _tell(self) -> None:
+    def _tell(self, peer: socket.socket) -> None:
         import json
         import socket
 
-        peer, _ = self._stream.listener.accept()
-        with peer:
-            if _user(peer) not in (0, os.geteuid()):
-                return
-            data = json.dumps(self._describe()).encode()
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST)
-            peer.setblocking(False)
-            memory = os.open(f"/proc/self/fd/{self._ram_fd}", os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                socket.send_fds(peer, [data], [memory])
-            finally:
-                os.close(memory)
+        if _user(peer) not in (0, os.geteuid()):
+            return
+        data = json.dumps(self._describe()).encode()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MOST)
+        peer.setblocking(False)
+        memory = os.open(f"/proc/self/fd/{self._ram_fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            socket.send_fds(peer, [data], [memory])
+        finally:
+            os.close(memory)
 
 
 def _user(peer: socket.socket) -> int:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     Callback = Callable[[], None]
 
+EVENTS = select.EPOLLIN | select.EPOLLRDHUP
 LONGEST_WAIT = 86400.0  # seconds at a time: poll and epoll take 2**31 ms; who waits longer waits again
 
 
@@ -65,7 +66,7 @@ class EventLoop:
         Raises PermissionError for what cannot be waited for: regular files, /dev/null.
         """
         if fd not in self._readers:
-            self._epoll.register(fd, select.EPOLLIN | select.EPOLLRDHUP)
+            self._epoll.register(fd, EVENTS)
         self._readers[fd] = callback
 
     def remove_reader(self, fd: int) -> None:
@@ -76,6 +77,17 @@ class EventLoop:
             except OSError as error:
                 if error.errno not in (errno.EBADF, errno.ENOENT):
                     raise
+
+    def pause(self, fd: int, seconds: float) -> None:
+        """Leave the reader of `fd` alone for so long: it is ready, but nothing can be done about it now."""
+        callback = self._readers[fd]
+        self._epoll.modify(fd, 0)
+
+        def go_on() -> None:
+            if self._readers.get(fd) is callback:  # else it has been removed meanwhile
+                self._epoll.modify(fd, EVENTS)
+
+        self.call_later(seconds, go_on)
 
     def call_later(self, seconds: float, callback: Callback) -> Timer:
         """Call `callback` once, `seconds` from now."""

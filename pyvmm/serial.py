@@ -87,7 +87,10 @@ class SerialPort:
         assert isinstance(self._stream, ListeningStream)
         self._stream.hang_up()
         with self._writing:
-            self._stream.accept()
+            try:
+                self._stream.accept()
+            except OSError:
+                self._loop.pause(self._stream.listener.fileno(), ListeningStream.PATIENCE)
         self._watch()
 
     def _input(self) -> None:

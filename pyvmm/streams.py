@@ -96,7 +96,12 @@ class Terminal(Stream):
 
 
 class ListeningStream(Stream):
-    """A unix socket that one peer at a time may connect to; see `accept`."""
+    """A unix socket that one peer at a time may connect to; see `accept`.
+
+    Where that fails, as while the process has no descriptor left, look again after PATIENCE seconds.
+    """
+
+    PATIENCE = 0.1
 
     def __init__(self, option: str, path: str) -> None:
         super().__init__()

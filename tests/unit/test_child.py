@@ -117,3 +117,35 @@ def test_in_one_thread_while_another_one_waits(fork: Fork) -> None:
     assert child.destroy(5)
     waiting.join()
     assert statuses == [128 + signal.SIGKILL]
+
+
+def test_one_that_is_another_user_s(fork: Fork) -> None:
+    """Nothing of it is ours to end: that is said, and costs no descriptor."""
+    if os.geteuid():
+        pytest.skip("only root has another user's process")
+    ready, tell = os.pipe()
+
+    def act() -> None:
+        pid = os.fork()
+        if not pid:
+            os.close(tell)
+            os.setsid()
+            signal.pause()
+        os.write(tell, f"{pid} ".encode())
+        child = ChildProcess(pid)
+        os.setresuid(65534, 65534, 65534)
+        free = os.dup(tell)
+        os.close(free)
+        child.kill(signal.SIGTERM)
+        over = child.destroy(0.1)
+        os.write(tell, f"{over} {os.dup(tell) - free}".encode())
+        os.close(tell)
+
+    child = fork(act)
+    os.close(tell)
+    said = b""
+    while len(said.split()) < 3 and (piece := os.read(ready, 99)):
+        said += piece
+    os.close(ready)
+    os.kill(int(said.split()[0]), signal.SIGKILL)
+    assert said.split()[1:] == [b"False", b"0"] and not child.ended()

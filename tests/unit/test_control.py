@@ -3,33 +3,16 @@
 from __future__ import annotations
 
 import os
-import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 import pytest
 from fakes.backend import no_new_fds
+from fakes.limits import descriptors_left
 
 from pyvmm.control import ControlSocket
 from pyvmm.loop import EventLoop
-
-
-@contextmanager
-def descriptors_left(count: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(map(int, os.listdir("/proc/self/fd")))
-    held = [os.open(os.devnull, os.O_RDONLY)]
-    while held[-1] < highest:
-        held.append(os.open(os.devnull, os.O_RDONLY))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (held[-1] + 1 + count, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        for fd in held:
-            os.close(fd)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -45,7 +28,10 @@ def test_who_connects_while_descriptors_are_short_does_not_end_the_machine(
             peer.connect("s")
             with descriptors_left(count):
                 loop._turn(1)
-            loop.call_later(0.1, loop.stop)
+                begin = time.monotonic()
+                loop._turn(0.05)
+                assert count or time.monotonic() - begin >= 0.05, "it is not looked at all the time"
+            loop.call_later(0.2, loop.stop)
             loop.run()
             peer.setblocking(False)
             assert count or peer.recv(99) == b'{"pid": 1}', "it waited for better times"

@@ -178,3 +178,31 @@ def test_what_was_ready_under_a_number_says_nothing_of_its_next_owner() -> None:
         assert {fd for pair in pipes for fd in pair} == set(renewed)
     for fd in renewed:
         os.close(fd)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_reader_pauses_for_a_time(removed: bool) -> None:
+    ours, theirs = os.pipe()
+    calls: list[float] = []
+    with EventLoop() as loop:
+
+        def ready() -> None:
+            calls.append(time.monotonic())
+            if len(calls) == 1:
+                loop.pause(ours, 0.05)
+                if removed:
+                    loop.remove_reader(ours)
+                    os.close(ours)
+            else:
+                loop.stop()
+
+        loop.add_reader(ours, ready)
+        os.write(theirs, b"x")
+        loop.call_later(0.2, loop.stop)
+        loop.run()
+        if not removed:
+            loop.remove_reader(ours)
+            os.close(ours)
+    assert len(calls) == (1 if removed else 2)
+    assert removed or calls[1] - calls[0] >= 0.05
+    os.close(theirs)

@@ -11,6 +11,7 @@ from time import monotonic, sleep
 
 import pytest
 from fakes.backend import no_new_fds
+from fakes.limits import descriptors_left
 
 from pyvmm.config import StreamConfig
 from pyvmm.loop import EventLoop
@@ -227,3 +228,21 @@ def test_input_that_nobody_reads_stays_with_whoever_sent_it(loop: EventLoop) -> 
         sender.join()
         assert found == text
         close(loop, serial)
+
+
+def test_a_peer_waits_while_descriptors_are_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with EventLoop() as loop:
+        serial = SerialPort("--serial", StreamConfig("socket", path="s"), loop)
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect("s")
+            with descriptors_left(0):
+                loop._turn(1)
+                begin = monotonic()
+                loop._turn(0.05)
+                assert monotonic() - begin >= 0.05, "it is not looked at all the time"
+            loop.call_later(0.2, loop.stop)
+            loop.run()
+            say(serial, b"here")
+            assert peer.recv(99) == b"here"
+        serial.close()
