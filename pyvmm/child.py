@@ -82,9 +82,10 @@ class ChildProcess:
 
     def _signal(self, number: int) -> None:
         try:
-            os.killpg(self.pid, number)
-        except ProcessLookupError:  # just forked: it does not lead a group yet
-            signal.pidfd_send_signal(self.pidfd, number)
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:  # just forked: it does not lead a group yet
+                signal.pidfd_send_signal(self.pidfd, number)
         except PermissionError as error:  # it has become another user
             log.debug(f"{self.pid} gets no signal {number} from us: {error}")
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+LOOK_SECONDS = 0.5
 PAGE_FAULTS = Path("/sys/kernel/debug/kvm/pf_guest")
 HUNG = 100_000
 
@@ -60,11 +61,11 @@ def execute(request: dict[str, Any], hung: Callable[[], bool] = lambda: False) -
 
 def _watch(process: subprocess.Popen[bytes], hung: Callable[[], bool], hangs: threading.Event) -> None:
     while process.poll() is None:
+        time.sleep(LOOK_SECONDS)
         if hung():
             hangs.set()
             _kill_group(process)
             return
-        time.sleep(0.5)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
