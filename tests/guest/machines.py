@@ -17,6 +17,8 @@ from typing import Any
 
 from guest import agent
 
+from pyvmm.host import emulator
+
 START_TIMEOUT = 240
 # Debian's QEMU now and then damages the emulated machine's own kernel, stands still, or loses a guest
 # (guest-images/lab-qemu/tcg.patch).  What runs in there cannot do that, so it is tried again; more would be
@@ -115,11 +117,11 @@ class LabMachine(Machine):
         self._start()
 
     def _start(self) -> None:
-        shared = self.shared
+        shared, cpus = self.shared, "2" if emulator.own_program() else "1"
         self._log = (shared / "lab.log").open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pyvmm", "lab", "--memory", "9G", "--share", str(shared), "--"]
-            + [sys.executable, "-P", agent.__file__],
+            [sys.executable, "-P", "-m", "pyvmm", "lab", "--memory", "9G", "--cpus", cpus]
+            + ["--share", str(shared), "--", sys.executable, "-P", agent.__file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

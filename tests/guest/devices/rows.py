@@ -130,7 +130,7 @@ ROWS = (
     ),
     Row(
         "net", "net", "net", "net",
-        ("dpdk-testpmd", "--no-huge", "-m", "128", "--no-pci", "--file-prefix=pyvmm", "-l", "0,1",
+        ("dpdk-testpmd", "--no-huge", "-m", "128", "--no-pci", "--file-prefix=pyvmm", "--lcores=0@0,1@0",
          "--vdev=net_vhost0,iface={sock},queues=1", "--vdev=net_tap0,iface=dtap0",
          "--", "--auto-start", "--forward-mode=io", "--total-num-mbufs=4096"),
         "device_type=net,queue_sizes=[256,256]", args={"megabytes": 16, "tap": "dtap0", "offloads": False},
