@@ -11,6 +11,7 @@ import pytest
 from fakes.source import ROOT
 
 from pyvmm import cli, config, devices, errors
+from pyvmm.backend import faults
 from pyvmm.cli.parse import HELP, Command, render
 from pyvmm.virtio.kinds import KINDS
 
@@ -132,6 +133,14 @@ def anchors(page: Path) -> set[str]:
     """What a page's headings are called in links."""
     heads = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_the_table_of_faults_has_them_all() -> None:
+    section = (
+        (ROOT / "docs/backends.md").read_text().partition("## Faults on purpose")[2].partition("\n## ")[0]
+    )
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted((*faults.NAMES, "features"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
